@@ -1,0 +1,104 @@
+# make run | test | test-slow | check | train-dermatology | train-radiology
+# Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PRESET ?= cpu
+export HOST ?= 127.0.0.1
+export PORT ?= 7860
+export GRADIO_ANALYTICS_ENABLED ?= False
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup setup-dev browser run test test-slow check format report clean train-dermatology train-radiology
+
+help:
+	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
+	@echo "make test                install what tests need and run the fast suite"
+	@echo "make test-slow           also the slow tests"
+	@echo "make check               ruff, format, types"
+	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
+	@echo "make train-radiology"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "medviz needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is newer than what it was made from, so that a changed requirement installs again and nothing else does.
+$(VENV)/.runtime: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --editable '.[train,test,dev]'
+	@touch $@
+
+setup: $(VENV)/.runtime
+
+setup-dev: $(VENV)/.dev
+
+# The browser test drives the system's Chromium. Without one, and without the right to install one, it says so and skips.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+		fi; } || echo "no Chromium and no right to install it: the browser tests will be skipped" >&2
+
+run: setup
+	$(BIN)/python app.py
+
+# Tests need no network: offline mode turns any attempt into an error at once.
+test: setup-dev browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: setup-dev browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A run that was stopped goes on from its checkpoint; a finished one (it has metrics.json) is left alone: delete its folder to
+# train it again. Prerequisites are order-only, so that a fresh checkout's file times start no training.
+define stage
+runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.json)
+	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume)
+endef
+
+# Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
+define domain
+$(call stage,contrastive,contrastive-$(1)-$(PRESET),)
+
+$(call stage,diffusion,diffusion-$(1)-$(PRESET),autoencoder-$(PRESET) contrastive-$(1)-$(PRESET))
+
+$(call stage,classifier,reward-$(1)-$(PRESET),)
+
+$(call stage,classifier,judge-$(1)-$(PRESET),)
+
+$(call stage,segmenter,segmenter-$(1)-$(PRESET),)
+
+$(call stage,rl,rl-$(1)-$(PRESET),diffusion-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
+
+train-$(1): runs/rl-$(1)-$(PRESET)/metrics.json runs/segmenter-$(1)-$(PRESET)/metrics.json
+	$(BIN)/python -m train assemble train/recipes/assemble-$(1).yaml
+	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
+	$(BIN)/python -m train report
+endef
+
+$(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
+$(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
+
+report: setup-dev
+	$(BIN)/python -m train report
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

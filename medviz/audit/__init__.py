@@ -1,0 +1,1 @@
+"""What stands beside every synthetic image: its mark, its provenance and the memorisation check."""

@@ -1,0 +1,57 @@
+"""Menus beside the prompt: choosing writes the prompt, leaving the prompt sets the menus. The prompt stays the truth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from medviz.domains import NOT_STATED, Domain
+from medviz.ui.guard import telling
+
+
+class PromptBuilder:
+    """The menus of one domain, in a group of their own, wired to the prompt's text box."""
+
+    def __init__(self, domain: Domain, prompt: gr.Textbox, unknown: gr.Textbox, *, visible: bool) -> None:
+        self.domain = domain
+        self.unknown = unknown
+        with gr.Group(visible=visible) as self.group, gr.Row():
+            self.menus = [
+                gr.Dropdown(
+                    list(field.choices),
+                    value=list(field.default) if field.multiple else field.default,
+                    multiselect=field.multiple,
+                    label=field.label,
+                    info=field.info or None,
+                    min_width=150,
+                    elem_id=f"mv-field-{domain.name}-{field.name}",
+                )
+                for field in domain.fields
+            ]
+        for menu in self.menus:
+            # `input` is a person's choice alone: what the program sets does not write the prompt again.
+            menu.input(
+                self.write, self.menus, [prompt, unknown], queue=False, show_progress="hidden", api_visibility="private"
+            )
+
+    def write(self, *chosen: str | Sequence[str] | None) -> tuple[str, dict[str, Any]]:
+        """Return the prompt of the menus' choices, and an empty line of unknown words."""
+        values = {
+            field.name: choice
+            for field, choice in zip(self.domain.fields, chosen, strict=True)
+            if choice and choice != NOT_STATED
+        }
+        with telling():
+            return self.domain.build_prompt(values), gr.update(visible=False, value="")
+
+    def read(self, prompt: str) -> dict[Any, Any]:
+        """Return updates that set the menus to what a prompt says and name the words it does not know."""
+        parsed = self.domain.parse(prompt or "")
+        updates: dict[Any, Any] = {}
+        for field, menu in zip(self.domain.fields, self.menus, strict=True):
+            found = [choice for choice in parsed.values.get(field.name, ()) if choice in field.choices]
+            single = found[0] if found else NOT_STATED
+            updates[menu] = gr.update(value=found if field.multiple else single)
+        words = ", ".join(parsed.unknown_words)
+        updates[self.unknown] = gr.update(value=words, visible=bool(words))
+        return updates

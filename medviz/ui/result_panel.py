@@ -1,0 +1,181 @@
+"""The right side of the Generate tab: two images, what each word looked at, figures, warnings and downloads."""
+
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from medviz.export.archive import archive, image_png, report_json
+from medviz.results import Pair, Preview
+from medviz.ui import views
+from medviz.ui.files import served
+from medviz.ui.guard import message, telling
+from medviz.ui.views import Look
+
+STATE_LIFETIME_S = 3600  # a shown pair's attention is kept this long for a page that stays open
+Updates = dict[Any, Any]
+
+# Page logic, not computing: never waits behind images, never an endpoint of the API.
+LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+_EXPLANATION = (
+    "A *reward* is what the aligned model was trained to raise, so a rise in it proves little. A *judge* is a separate "
+    "network that training never saw. *Share* is the part of the word's attention that fell inside a region; *contrast* "
+    "compares the mean inside with the mean outside, in units of their spread."
+)
+
+
+class ResultPanel:
+    """Builds the panel inside an open column; its methods return updates for the components in `outputs`."""
+
+    def __init__(self) -> None:
+        self.pair = gr.State(None, time_to_live=STATE_LIFETIME_S)
+        self.progress = gr.HTML(views.status("Choose a prompt and press Generate."), elem_id="mv-progress")
+        self._build_pictures()
+        self.shown = gr.Textbox(label="Shown", interactive=False, lines=1, max_lines=4, elem_id="mv-shown")
+        self._build_words()
+        self.region_table = gr.HTML("", elem_id="mv-regions")
+        self.score_table = gr.HTML("", elem_id="mv-scores")
+        self.warnings = gr.Textbox(
+            label="Warnings", interactive=False, visible=False, elem_id="mv-warnings", elem_classes="mv-warnings"
+        )
+        gr.Markdown(_EXPLANATION, elem_classes="mv-note")
+        with gr.Row():
+            self.downloads = [
+                gr.DownloadButton(label, interactive=False, size="sm", min_width=110, elem_id=f"mv-save-{index}")
+                for index, label in enumerate(("Baseline PNG", "Aligned PNG", "Report JSON", "Everything (ZIP)"))
+            ]
+        self._wire()
+
+    def _build_pictures(self) -> None:
+        image = partial(
+            gr.Image, type="pil", format="png", interactive=False, buttons=["fullscreen"], elem_classes="mv-well"
+        )
+        with gr.Tabs():
+            with gr.Tab("Side by side"), gr.Row(elem_id="mv-pair"):
+                self.baseline = image(label="Baseline", elem_id="mv-baseline", min_width=140)
+                self.aligned = image(label="Aligned", elem_id="mv-aligned", min_width=140)
+            with gr.Tab("Slider"):
+                self.slider = gr.ImageSlider(
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    label="Baseline left, aligned right",
+                    buttons=["fullscreen"],
+                    max_height=520,
+                    elem_classes="mv-well",
+                    elem_id="mv-slider",
+                )
+            with gr.Tab("Difference"):
+                self.difference = image(label="Difference", elem_id="mv-difference", height=500)
+                self.difference_note = gr.HTML("", elem_classes="mv-note")
+
+    def _build_words(self) -> None:
+        with gr.Group():
+            self.words = gr.Radio(
+                [views.NO_WORD],
+                value=views.NO_WORD,
+                label="Where did each word look?",
+                elem_id="mv-words",
+                elem_classes="mv-chips",
+            )
+            self.legend = gr.HTML("", elem_id="mv-legend", padding=True)
+            with gr.Row():
+                self.outlined = gr.Checkbox(False, label="Outline regions", elem_id="mv-outlines", min_width=140)
+                self.opacity = gr.Slider(0.1, 1.0, 0.6, step=0.1, label="Overlay opacity", min_width=180)
+
+    def _wire(self) -> None:
+        chosen = [self.pair, self.words, self.outlined, self.opacity]
+        changed = [self.baseline, self.aligned, self.slider, self.legend, self.region_table]
+        for component in (self.words, self.outlined):
+            component.input(self.look, chosen, changed, trigger_mode="always_last", **LIGHT)
+        self.opacity.release(self.look, chosen, changed, **LIGHT)
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Every component that the updates may hold."""
+        return [
+            self.pair,
+            self.progress,
+            self.baseline,
+            self.aligned,
+            self.slider,
+            self.difference,
+            self.difference_note,
+            self.shown,
+            self.words,
+            self.legend,
+            self.region_table,
+            self.score_table,
+            self.warnings,
+            *self.downloads,
+        ]
+
+    def show(self, pair: Pair | None, text: str, outlined: bool = False) -> Updates:
+        """Show a pair, or an empty panel, with a line of text where the progress bar stands."""
+        if pair is None:
+            updates: Updates = dict.fromkeys(self.outputs, None)
+            updates |= {component: gr.update(value=None, interactive=False) for component in self.downloads}
+            updates |= {component: "" for component in (self.difference_note, self.legend, self.shown)}
+            updates |= {self.region_table: "", self.score_table: "", self.progress: views.status(text)}
+            updates[self.words] = gr.update(choices=[views.NO_WORD], value=views.NO_WORD)
+            updates[self.warnings] = gr.update(value="", visible=False)
+            return updates
+        difference, note = views.shown_difference(pair)
+        return {
+            self.pair: pair,
+            self.progress: views.status(text),
+            **self._pictures(pair, Look(None, outlined, 0.0)),
+            self.difference: difference,
+            self.difference_note: note,
+            self.shown: f"{pair.prompt} | seed {pair.seed} | {pair.steps} steps | guidance {pair.guidance_scale:g} | "
+            f"adapter {pair.adapter or 'none'}",
+            self.words: gr.update(choices=[views.NO_WORD, *pair.words], value=views.NO_WORD),
+            self.score_table: views.score_table(pair),
+            self.warnings: gr.update(
+                value="\n".join(pair.warnings), lines=max(1, len(pair.warnings)), visible=bool(pair.warnings)
+            ),
+            **self._files(pair),
+        }
+
+    def preview(self, step: Preview) -> Updates:
+        """Show how far a run is, and the unfinished image where the step brings one."""
+        done = step.step + (step.steps if step.which == "aligned" else 0)
+        updates: Updates = {
+            self.progress: views.progress_bar(
+                done, 2 * step.steps, f"{step.which.capitalize()} image, step {step.step} of {step.steps}"
+            )
+        }
+        if step.image is not None:
+            updates[self.baseline if step.which == "baseline" else self.aligned] = views.preview(step.image)
+        return updates
+
+    def look(self, pair: Pair | None, word: str | None, outlined: bool, opacity: float) -> Updates:
+        """Show the chosen word's attention over both images."""
+        if pair is None:
+            raise message("These images are no longer kept on the server; press Generate again.", title="Expired")
+        with telling():
+            return self._pictures(pair, Look(None if word in (None, views.NO_WORD) else word, outlined, opacity))
+
+    def _pictures(self, pair: Pair, look: Look) -> Updates:
+        baseline, aligned = views.shown_pair(pair, look)
+        return {
+            self.baseline: baseline,
+            self.aligned: aligned,
+            self.slider: (baseline, aligned),
+            self.legend: views.legend(pair.baseline.outlines, look, pair.domain),
+            self.region_table: views.region_table(pair.attention(look.word), pair.domain) if look.word else "",
+        }
+
+    def _files(self, pair: Pair) -> Updates:
+        stem = f"{pair.domain}_{pair.seed}"
+        files = (
+            (image_png(pair, "baseline"), f"{stem}_baseline.png"),
+            (image_png(pair, "aligned"), f"{stem}_aligned.png"),
+            (report_json(pair), f"{stem}_report.json"),
+            (archive(pair), f"{stem}.zip"),
+        )
+        return {
+            button: gr.update(value=served(content, name), interactive=True)
+            for button, (content, name) in zip(self.downloads, files, strict=True)
+        }

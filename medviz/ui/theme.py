@@ -1,0 +1,87 @@
+"""Looks: calm, readable, no font and no script from anywhere but this server."""
+
+import gradio as gr
+
+INK, TEAL, TEAL_DARK = "#1c2430", "#0f6674", "#0b4d58"
+WELL = "#1a1d21"  # the ground behind images: neutral, and dark as on a reading station
+VIRIDIS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")  # equal steps of the overlay's colours
+
+
+def theme() -> gr.Theme:
+    """Return the app's theme; its fonts come with gradio."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.cyan,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_sm,
+        font=(gr.themes.LocalFont("IBM Plex Sans"), "system-ui", "sans-serif"),
+        font_mono=(gr.themes.LocalFont("IBM Plex Mono"), "monospace"),
+    ).set(
+        body_background_fill="*neutral_50",
+        body_text_color=INK,
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_800",
+        block_border_width="1px",
+        block_shadow="none",
+        button_primary_background_fill=TEAL,
+        button_primary_background_fill_hover=TEAL_DARK,
+        button_primary_background_fill_dark=TEAL,
+        button_primary_background_fill_hover_dark=TEAL_DARK,
+        button_primary_text_color="white",
+        slider_color=TEAL,
+        checkbox_background_color_selected=TEAL,
+        checkbox_border_color_selected=TEAL,
+        checkbox_label_background_fill_selected=TEAL,
+        checkbox_label_background_fill_selected_dark=TEAL,
+        checkbox_label_text_color_selected="white",
+        link_text_color=TEAL_DARK,
+        link_text_color_dark="*primary_300",
+    )
+
+
+CSS = (
+    """
+.gradio-container { max-width: 1360px !important; }
+#mv-title h1 { font-size: 1.45rem; font-weight: 600; margin: 0; }
+#mv-title p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }
+#mv-notice { border-left: 4px solid #b45309; background: #fff7e6; color: #4a2c05; border-radius: 4px;
+  padding: .5rem .8rem; font-weight: 600; }
+.dark #mv-notice { background: #3a2a10; color: #fde9c8; }
+.mv-well, .mv-well .image-container, .mv-well .image-frame, .mv-well .wrap { background: WELL !important; }
+.mv-well img { image-rendering: auto; }
+.mv-note, .mv-note p { font-size: .85rem; color: var(--body-text-color-subdued); }
+.mv-chips .wrap { gap: .4rem; }
+.mv-chips label { border-radius: 999px !important; padding: .3rem .85rem !important; }
+.mv-chips label input { position: absolute; opacity: 0; width: 1px; height: 1px; }
+.mv-chips label:focus-within { outline: 2px solid #e69f00; outline-offset: 2px; }
+.mv-chips label span { margin: 0 !important; }
+.mv-table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.mv-table caption { text-align: left; font-weight: 600; padding: .2rem 0 .35rem; }
+.mv-table th, .mv-table td { padding: .32rem .55rem; border-bottom: 1px solid var(--border-color-primary);
+  text-align: right; }
+.mv-table th:first-child, .mv-table td:first-child { text-align: left; }
+.mv-table th { font-weight: 600; color: var(--body-text-color-subdued); }
+.mv-better { color: #0b6b3a; font-weight: 600; } .mv-worse { color: #a3341b; font-weight: 600; }
+.dark .mv-better { color: #6ee7a8; } .dark .mv-worse { color: #fca58f; }
+.mv-role { font-size: .78rem; padding: .05rem .45rem; border-radius: 3px; background: var(--neutral-200);
+  color: #1c2430; }
+.mv-role.mv-judge { background: #d6e9ee; }
+.mv-scroll { overflow-x: auto; }
+.mv-bar { height: .8rem; border-radius: 3px; border: 1px solid var(--border-color-primary);
+  background: linear-gradient(to right, VIRIDIS); }
+.mv-bar-ends { display: flex; justify-content: space-between; font-size: .82rem; gap: 1rem;
+  color: var(--body-text-color-subdued); }
+.mv-key { display: flex; flex-wrap: wrap; gap: .15rem 1rem; font-size: .82rem; margin-top: .35rem; }
+.mv-key i { display: inline-block; width: 1rem; height: .28rem; margin-right: .35rem; vertical-align: middle; }
+.mv-progress { display: flex; align-items: center; gap: .8rem; font-size: .88rem; min-height: 1.6rem; }
+.mv-progress progress { flex: 1; height: .6rem; accent-color: #0f6674; }
+.mv-warnings textarea { color: #7a2e0e; } .dark .mv-warnings textarea { color: #fdba8c; }
+.mv-thumbs .grid-wrap { max-height: none; }
+@media (max-width: 640px) {
+  .gradio-container { padding: .4rem !important; }
+  #mv-pair { flex-wrap: nowrap; gap: .3rem; } #mv-pair > * { min-width: 0 !important; }
+  .mv-table th, .mv-table td { padding: .3rem .3rem; font-size: .82rem; }
+}
+""".replace("WELL", WELL).replace("VIRIDIS", ", ".join(VIRIDIS))
+)

@@ -1,0 +1,237 @@
+"""From results to what the components show. Markup here holds figures and the program's own names, never typed text."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from medviz.domains import DOMAINS
+from medviz.rendering import (
+    DIFFERENCE_FULL_SCALE,
+    DISPLAY_SIDE_PX,
+    difference,
+    draw_box,
+    enlarge,
+    mean_difference,
+    outline_colours,
+    outlines,
+    overlay,
+    resized_map,
+    resized_mask,
+    with_footer,
+)
+from medviz.results import Drawing, Grounding, HeatMap, Mask, Pair, WordAttention
+
+LABEL = "SYNTHETIC"
+NO_WORD = "No overlay"
+NOT_COMPUTED = "not computed"
+THUMBNAIL_PX = 150
+KEPT_SIDE_PX = 1024
+GROUND_SIDE_PX = 640
+_NEGLIGIBLE = 5e-4  # a difference that the table's three decimals do not show
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a person chose to see on the images: a word or None, outlines or not, the overlay's opacity 0 to 1."""
+
+    word: str | None
+    outlined: bool
+    opacity: float
+
+
+def shown(drawing: Drawing, heat_map: HeatMap | None, look: Look) -> Image.Image:
+    """Return one image at display size with the chosen overlay and outlines, and its label under it."""
+    picture = enlarge(drawing.image) if heat_map is None else overlay(drawing.image, heat_map, look.opacity)
+    if look.outlined:
+        picture = outlines(picture, main_outlines(drawing.outlines))
+    return with_footer(picture, LABEL)
+
+
+def shown_pair(pair: Pair, look: Look) -> tuple[Image.Image, Image.Image]:
+    """Return baseline and aligned as `shown`."""
+    found = pair.attention(look.word) if look.word else None
+    return (
+        shown(pair.baseline, found.baseline if found else None, look),
+        shown(pair.aligned, found.aligned if found else None, look),
+    )
+
+
+def shown_difference(pair: Pair) -> tuple[Image.Image, str]:
+    """Return the difference picture and the sentence under it."""
+    picture = with_footer(difference(pair.baseline.image, pair.aligned.image), LABEL)
+    mean = mean_difference(pair.baseline.image, pair.aligned.image)
+    return picture, (
+        f"Mean absolute difference of the two images: {mean:.1f} of 255 grey levels. Black: equal; brightest: a "
+        f"difference of {DIFFERENCE_FULL_SCALE} or more. Both images start from the same noise."
+    )
+
+
+def main_outlines(masks: Mapping[str, Mask]) -> dict[str, Mask]:
+    """Leave out regions that only divide another one, the ground around it, and what was not found."""
+    found = {name: mask for name, mask in masks.items() if mask.any()}
+    return {
+        name: mask
+        for name, mask in found.items()
+        if name != "skin"
+        and not any(other != name and _inside(mask, found[other]) for other in found if other != "skin")
+    }
+
+
+def legend(masks: Mapping[str, Mask], look: Look, domain: str, of: str = "in either image") -> str:
+    """Return the colour bar of an overlay and the key of the outlines, as markup."""
+    parts = []
+    if look.word:
+        parts.append(
+            '<div class="mv-bar" role="img" aria-label="colour scale"></div><div class="mv-bar-ends">'
+            f"<span>least attention {of}</span><span>most attention {of}</span></div>"
+        )
+    if look.outlined:
+        colours = outline_colours(list(main_outlines(masks)))
+        keys = "".join(
+            f'<span><i style="background:{colour}"></i>{_escape(region_label(domain, name))}</span>'
+            for name, colour in colours.items()
+        )
+        parts.append(f'<div class="mv-key">{keys or "No outline was found."}</div>')
+    return "".join(parts)
+
+
+def score_table(pair: Pair) -> str:
+    """Return the scores as a table."""
+    rows = []
+    for score in pair.scores:
+        role = "mv-role mv-judge" if score.role == "judge" else "mv-role"
+        cells = [
+            f'{_escape(score.name)} <span class="{role}">{_escape(score.role)}</span>',
+            _number(score.baseline),
+            _number(score.aligned),
+            _change(score.baseline, score.aligned, score.higher_is_better),
+        ]
+        rows.append(cells)
+    return _table("Scores of this pair", ("", "Baseline", "Aligned", "Difference"), rows) if rows else ""
+
+
+def region_table(look: WordAttention, domain: str) -> str:
+    """Return where a word's attention fell as a table."""
+    rows = [
+        [
+            _escape(region_label(domain, region.name)),
+            _share(region.baseline_mass),
+            _share(region.aligned_mass),
+            _number(region.baseline_cnr, 2),
+            _number(region.aligned_cnr, 2),
+        ]
+        for region in look.regions
+    ]
+    heads = ("Region", "Share, baseline", "Share, aligned", "Contrast, baseline", "Contrast, aligned")
+    return _table("Where the chosen word looked", heads, rows) if rows else ""
+
+
+def shrunk(grounding: Grounding) -> Grounding:
+    """Return the grounding on a grid no larger than the screen needs; the page keeps this one, not the upload."""
+    scale = min(1.0, KEPT_SIDE_PX / max(grounding.image.size))
+    if scale == 1.0:
+        return grounding
+    size = (max(1, round(grounding.image.width * scale)), max(1, round(grounding.image.height * scale)))
+    return replace(
+        grounding,
+        image=grounding.image.resize(size, Image.Resampling.LANCZOS),
+        heat_map=resized_map(grounding.heat_map, size),
+        outlines={name: resized_mask(mask, size) for name, mask in grounding.outlines.items()},
+        box=None if grounding.box is None else tuple(round(value * scale) for value in grounding.box),
+    )
+
+
+def shown_grounding(grounding: Grounding, look: Look) -> Image.Image:
+    """Return the image with the phrase's heat map, its box and, if chosen, outlines; an upload bears no label."""
+    picture = overlay(grounding.image, grounding.heat_map, look.opacity, side_px=GROUND_SIDE_PX)
+    if look.outlined:
+        picture = outlines(picture, main_outlines(grounding.outlines))
+    if grounding.box is not None:
+        picture = draw_box(picture, grounding.box, grounding.heat_map.shape)
+    return picture
+
+
+def grounding_table(regions: Sequence[Mapping[str, object]], domain: str) -> str:
+    """Return the figures of a grounding as a table."""
+    rows = [
+        [_escape(region_label(domain, str(row["name"]))), _share(row["mass"]), _number(row["cnr"], 2)]
+        for row in regions
+    ]
+    return _table("Where the phrase looked", ("Region", "Share", "Contrast"), rows) if rows else ""
+
+
+def progress_bar(done: int, total: int, text: str) -> str:
+    """Return a bar with a fixed text beside it."""
+    return f'<div class="mv-progress"><progress max="{total}" value="{done}"></progress><span>{_escape(text)}</span></div>'
+
+
+def status(text: str) -> str:
+    """Return a line that stands where the bar was."""
+    return f'<div class="mv-progress"><span>{_escape(text)}</span></div>'
+
+
+def region_label(domain: str, name: str) -> str:
+    """Return the words for a region's name."""
+    for region in DOMAINS[domain].regions:
+        if region.name == name:
+            return region.label
+    return name.replace("_", " ").capitalize()
+
+
+def thumbnail(pair: Pair) -> Image.Image:
+    """Return both images of a pair side by side, small, with their label."""
+    images = [enlarge(drawing.image, THUMBNAIL_PX) for drawing in (pair.baseline, pair.aligned)]
+    canvas = Image.new("RGB", (2 * images[0].width + 4, images[0].height), (255, 255, 255))
+    canvas.paste(images[0], (0, 0))
+    canvas.paste(images[1], (images[0].width + 4, 0))
+    return with_footer(canvas, LABEL)
+
+
+def preview(image: Image.Image) -> Image.Image:
+    """Return an unfinished image at display size."""
+    return with_footer(enlarge(image, DISPLAY_SIDE_PX), f"{LABEL}, UNFINISHED")
+
+
+def _inside(mask: Mask, other: Mask) -> bool:
+    return bool(mask.sum() < other.sum() and (mask & other).sum() >= 0.95 * mask.sum())
+
+
+def _escape(text: str) -> str:
+    return html.escape(text)
+
+
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _number(value: object, decimals: int = 3) -> str:
+    number = _finite(value)
+    return NOT_COMPUTED if number is None else f"{number:.{decimals}f}"
+
+
+def _share(value: object) -> str:
+    number = _finite(value)
+    return NOT_COMPUTED if number is None else f"{100 * number:.0f} %"
+
+
+def _change(baseline: float | None, aligned: float | None, higher_is_better: bool) -> str:
+    if _finite(baseline) is None or _finite(aligned) is None:
+        return NOT_COMPUTED
+    change = float(aligned) - float(baseline)  # type: ignore[arg-type]
+    if abs(change) < _NEGLIGIBLE:
+        return "= no change"
+    better = (change > 0) == higher_is_better
+    arrow, word = ("▲" if change > 0 else "▼"), ("better" if better else "worse")
+    return f'<span class="mv-{word}">{arrow} {change:+.3f} {word}</span>'
+
+
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{_escape(text)}</th>' for text in heads)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="mv-scroll"><table class="mv-table"><caption>{_escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

@@ -1,0 +1,192 @@
+"""Checkpoints outlive a kill at any moment, and a damaged one never passes for a sound one."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medviz.errors import ModelError
+from train import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state(value: float) -> dict[str, Any]:
+    return {"weights": torch.full((3,), value), "value": value}
+
+
+def test_state_comes_back_as_it_went(tmp_path: Path) -> None:
+    saved = {
+        "model": {"layer.weight": torch.randn(2, 3), "steps": torch.tensor(7), "half": torch.randn(4).bfloat16()},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}, 12: {"step": torch.tensor(4.0)}},
+            "groups": [{"lr": 0.1}],
+        },
+        "mask": torch.tensor([True, False]),
+        "nothing": None,
+        "text": "größer",
+        "flags": [True, False, [1, 2.5]],
+        "empty": {"list": [], "dict": {}, "tensor": torch.zeros(0, 4)},
+    }
+    checkpoint.save(tmp_path, 5, saved)
+    step, loaded = checkpoint.load(tmp_path)
+
+    assert step == 5
+    for path in (("model", "layer.weight"), ("model", "steps"), ("model", "half"), ("mask",), ("empty", "tensor")):
+        before, after = saved, loaded
+        for name in path:
+            before, after = before[name], after[name]
+        assert torch.equal(before, after)
+        assert (before.dtype, before.shape) == (after.dtype, after.shape)
+    assert list(loaded["optimizer"]["state"]) == [0, 12], "whole numbers stay the keys that optimisers look up"
+    assert [s["step"].item() for s in loaded["optimizer"]["state"].values()] == [3.0, 4.0]
+    assert {k: loaded[k] for k in ("nothing", "text", "flags")} == {k: saved[k] for k in ("nothing", "text", "flags")}
+    assert (loaded["empty"]["list"], loaded["empty"]["dict"]) == ([], {})
+
+
+def test_floats_are_kept_to_the_last_bit(tmp_path: Path) -> None:
+    floats = [0.1 + 0.2, 1e-310, 2.0**-1074, 1.7976931348623157e308, -0.0, 1 / 3, math.inf]
+    tensor = torch.tensor([0.1, -0.0, 1e-45, float("inf"), float("nan")])
+    checkpoint.save(tmp_path, 1, {"floats": floats, "tensor": tensor})
+    loaded = checkpoint.load(tmp_path)[1]
+
+    assert [value.hex() for value in loaded["floats"]] == [value.hex() for value in floats]
+    assert torch.equal(loaded["tensor"].view(torch.int32), tensor.view(torch.int32))
+
+
+def test_a_tensor_in_another_layout_or_shared_keeps_its_values(tmp_path: Path) -> None:
+    image = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    checkpoint.save(tmp_path, 1, {"image": image, "view": image[:, 1:], "again": image})
+    loaded = checkpoint.load(tmp_path)[1]
+    assert all(torch.equal(loaded[k], v) for k, v in {"image": image, "view": image[:, 1:], "again": image}.items())
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        checkpoint.save(tmp_path, step, state(step), keep=2)
+    assert checkpoint.steps(tmp_path) == [3, 10]
+    assert checkpoint.load(tmp_path)[1]["value"] == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000003", "checkpoint-00000010"]
+
+
+def test_a_failed_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoint.save(tmp_path, 2, state(2))
+    assert checkpoint.load(tmp_path)[1]["value"] == 1
+
+    checkpoint.save(tmp_path, 2, state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"], "what the failure left behind is gone"
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, shutil
+from pathlib import Path
+import torch
+from train import checkpoint
+
+# The child kills itself on the n-th call that reaches the disk, for every n until a save ends unharmed.
+def kill_at(n):
+    calls = 0
+    def watched(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+    checkpoint.save_file = watched(checkpoint.save_file)
+    checkpoint._flush = watched(checkpoint._flush)
+    checkpoint.os.replace = watched(checkpoint.os.replace)
+    checkpoint.shutil.rmtree = watched(checkpoint.shutil.rmtree)
+    Path.write_text = watched(Path.write_text)
+
+for n in range(1, 40):
+    folder = Path(sys.argv[1]) / str(n)
+    checkpoint.save(folder, 1, {"weights": torch.full((3,), 1.0), "value": 1.0})
+    child = os.fork()
+    if child == 0:
+        kill_at(n)
+        checkpoint.save(folder, 2, {"weights": torch.full((3,), 2.0), "value": 2.0})
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        shutil.rmtree(folder)
+        break
+"""
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], env=environment, check=True, timeout=60)
+    folders = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    assert len(folders) >= 9, "the kills came at nine moments or more"
+    found = []
+    for folder in folders:
+        step, loaded = checkpoint.load(folder)
+        assert (loaded["value"], loaded["weights"].tolist()) == (step, [step] * 3)
+        found.append(step)
+        checkpoint.save(folder, 3, state(3))
+        assert checkpoint.load(folder)[0] == 3
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-00000003"]
+    assert found == sorted(found), "the old one until the rename, the new one after it"
+    assert set(found) == {1, 2}
+
+
+def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ModelError, match=f"no checkpoint in {folder}"):
+            checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "one bit"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = checkpoint.save(tmp_path, 4, state(4)) / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"checkpoint-00000004 is damaged: {name}"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_fall_back_to_an_older_one(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1), keep=2)
+    (checkpoint.save(tmp_path, 2, state(2), keep=2) / "state.json").write_text("{}")
+    with pytest.raises(ModelError, match="checkpoint-00000002"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path, content: str | None) -> None:
+    manifest = checkpoint.save(tmp_path, 4, state(4)) / "manifest.json"
+    if content is None:
+        manifest.unlink()
+    else:
+        manifest.write_text(content)
+    with pytest.raises(ModelError, match="checkpoint-00000004 has no readable manifest"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    manifest = checkpoint.save(tmp_path, 4, state(4)) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    with pytest.raises(ModelError, match="format 99, this program reads 1"):
+        checkpoint.load(tmp_path)

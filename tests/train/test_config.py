@@ -1,0 +1,83 @@
+"""Recipes are read strictly and overridden on the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from medviz.errors import InputError
+from train.autoencoder import AutoencoderConfig
+from train.config import StageConfig, read_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
+
+
+@dataclass
+class ExampleConfig(StageConfig):
+    learning_rate: float = 1e-3
+    sizes: tuple[int, ...] = (1, 2)
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_fills_its_options_and_leaves_the_others(tmp_path: Path) -> None:
+    config = read_recipe(recipe(tmp_path, "out: run\nsteps: 7\nsizes: [3, 4]\n"), ExampleConfig)
+    assert (config.out, config.steps, config.sizes) == ("run", 7, (3, 4))
+    assert (config.learning_rate, config.seed, config.resume) == (1e-3, 0, False)
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "out: run\nsteps: 7\nlearning_rate: 0.5\n")
+    arguments = ["--steps", "9", "--out", "other", "--resume", "--sizes", "5", "6", "7", "--max-minutes", "0.5"]
+    config = read_recipe(path, ExampleConfig, arguments)
+    assert (config.out, config.steps, config.resume, config.sizes, config.max_minutes) == (
+        "other",
+        9,
+        True,
+        (5, 6, 7),
+        0.5,
+    )
+    assert config.learning_rate == 0.5
+
+
+def test_an_unknown_option_is_named_with_those_allowed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown options \['stepz'\].*learning_rate.*steps"):
+        read_recipe(recipe(tmp_path, "out: run\nstepz: 7\n"), ExampleConfig)
+
+
+def test_an_option_of_another_stage_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="latent_channels"):
+        read_recipe(recipe(tmp_path, "out: run\nlatent_channels: 4\n"), ExampleConfig)
+
+
+@pytest.mark.parametrize("text", ["", "- out\n", "run\n", "out: [unclosed\n"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"recipe.yaml"):
+        read_recipe(recipe(tmp_path, text), ExampleConfig)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent.yaml"):
+        read_recipe(tmp_path / "absent.yaml", ExampleConfig)
+
+
+def test_a_recipe_cannot_make_objects(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the recipe"):
+        read_recipe(recipe(tmp_path, "out: !!python/object/apply:os.getcwd []\n"), ExampleConfig)
+
+
+@pytest.mark.parametrize("arguments", [["--stepz", "3"], ["--steps", "many"]])
+def test_a_wrong_override_ends_with_a_usage_error(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read_recipe(recipe(tmp_path, "out: run\n"), ExampleConfig, arguments)
+    assert stopped.value.code == 2
+
+
+def test_the_shipped_autoencoder_recipe_is_read_with_numbers_as_numbers() -> None:
+    config = read_recipe(RECIPES / "autoencoder-cpu.yaml", AutoencoderConfig)
+    assert isinstance(config.learning_rate, float)
+    assert config.domains == ("dermatology", "radiology")

@@ -1,0 +1,151 @@
+"""Contrastive, autoencoder and diffusion stages on invented pictures: each runs end to end and keeps its promises."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from medviz.errors import ModelError
+from train import seeding
+from train.autoencoder import AutoencoderConfig, AutoencoderLearner
+from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
+from train.datasets.split import Split
+from train.diffusion import SCHEDULE, DiffusionConfig, DiffusionLearner, denoising_loss, sample_weights
+from train.loop import fit
+
+
+def invented_split(name: str, count: int, size_px: int = 32) -> Split:
+    rng = np.random.default_rng(count)
+    rows = []
+    for i in range(count):
+        pixels = np.full((size_px, size_px, 3), (220, 170, 150), np.uint8)
+        pixels[8:24, 8:24] = rng.integers(20, 120, 3)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        rows.append(
+            {
+                "image_id": f"invented-{name}-{i}",
+                "source": "HAM10000" if i % 4 else "ISIC2018-Task1-2",
+                "lesion_id": f"lesion-{i // 2}",
+                "diagnosis": "mel" if i % 3 == 0 else "nv",
+                "artefact_hair": float(i % 2),
+                "artefact_source": "manual",
+                "image": {"bytes": stream.getvalue(), "path": None},
+            }
+        )
+    return Split("dermatology", name, pa.Table.from_pylist(rows))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory):
+    """Autoencoder, contrastive and diffusion trained for two steps each, in the order a recipe chain runs them."""
+    root = tmp_path_factory.mktemp("stages")
+    train, validation = invented_split("train", 12), invented_split("validation", 8)
+    autoencoder = AutoencoderConfig(
+        out=str(root / "autoencoder"), domains=("dermatology",), size_px=32, crop_px=16, width=8, steps=2, batch=2,
+        encoder_blocks=(0, 1, 1, 1), decoder_blocks=(1, 1, 1, 0),
+    )
+    fit(AutoencoderLearner(autoencoder, [train.images(32)]), autoencoder)
+    contrastive = ContrastiveConfig(
+        out=str(root / "contrastive"), size_px=32, corpus=200, text_width=16, text_layers=1, image_width=64,
+        image_layers=1, patch_px=16, projection=8, batch=4, steps=2,
+    )
+    fit(ContrastiveLearner(contrastive, train, validation), contrastive)
+    diffusion = DiffusionConfig(
+        out=str(root / "diffusion"), autoencoder=str(root / "autoencoder/model"), contrastive=str(root / "contrastive/model"),
+        size_px=32, channels=(16, 32), cross_attention=(False, True), heads=2, orientations=2, batch=4, steps=2,
+    )
+    metrics = fit(DiffusionLearner(diffusion, train, validation), diffusion)
+    return root, train, validation, diffusion, metrics
+
+
+def test_exported_generator_is_a_stable_diffusion_pipeline(stages) -> None:
+    root, *_ = stages
+    pipeline = StableDiffusionPipeline.from_pretrained(root / "diffusion/model", safety_checker=None, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a dermoscopic image with melanoma", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+    assert np.isfinite(image).all()
+
+
+def test_metrics_name_their_n(stages) -> None:
+    metrics = stages[-1]
+    assert metrics["validation_n"] == 8
+    assert metrics["images_seen"] == 8
+    assert np.isfinite(metrics["validation_loss"])
+
+
+def test_contrastive_parts_reload_with_the_learnt_weights(stages) -> None:
+    root, train, validation, *_ = stages
+    tokenizer = CLIPTokenizer.from_pretrained(root / "contrastive/model/tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(root / "contrastive/model/text_encoder")
+    features = CLIPVisionModelWithProjection.from_pretrained(root / "contrastive/model/features")
+    assert text_encoder.config.vocab_size == len(tokenizer)
+    assert features(torch.zeros(1, 3, 32, 32)).image_embeds.shape == (1, 8)
+
+
+def test_a_run_never_overwrites_another(stages) -> None:
+    _, train, validation, diffusion, _ = stages
+    with pytest.raises(ModelError, match="already holds a checkpoint"):
+        fit(DiffusionLearner(diffusion, train, validation), diffusion)
+
+
+def test_equal_captions_share_the_target() -> None:
+    embeds = torch.nn.functional.normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    same = soft_contrastive_loss(embeds, embeds, torch.tensor(0.0), ["a", "a"])
+    assert same == pytest.approx(np.log(2), abs=1e-6)
+    apart = soft_contrastive_loss(torch.eye(2), torch.eye(2), torch.tensor(50.0), ["a", "b"])
+    assert apart == pytest.approx(0, abs=1e-6)
+
+
+def test_denoising_loss_of_a_perfect_prediction_is_zero() -> None:
+    schedule = DDPMScheduler(**SCHEDULE)
+    generator = torch.Generator().manual_seed(1)
+    latents, noise = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    timesteps = torch.tensor([10, 500, 990])
+
+    class Oracle(UNet2DConditionModel):
+        def forward(self, sample, timestep, encoder_hidden_states=None):
+            return type("Output", (), {"sample": schedule.get_velocity(latents, noise, timestep)})
+
+    oracle = Oracle(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    assert denoising_loss(oracle, latents, None, noise, timesteps, schedule, 5.0).abs().max() == 0
+
+
+def test_min_snr_weight_of_v_prediction() -> None:
+    schedule = DDPMScheduler(**SCHEDULE)
+    latents = torch.zeros(2, 4, 8, 8)
+    noise = torch.ones(2, 4, 8, 8)
+    timesteps = torch.tensor([1, 900])
+
+    class Silent(UNet2DConditionModel):
+        def forward(self, sample, timestep, encoder_hidden_states=None):
+            return type("Output", (), {"sample": torch.zeros_like(sample)})
+
+    silent = Silent(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    loss = denoising_loss(silent, latents, None, noise, timesteps, schedule, 5.0)
+    alpha = schedule.alphas_cumprod[timesteps]
+    snr = alpha / (1 - alpha)
+    # the target is sqrt(alpha) * noise, so the plain squared error is alpha
+    assert torch.allclose(loss, snr.clamp(max=5) / (snr + 1) * alpha, rtol=1e-4)
+
+
+def test_sample_weights_give_sources_their_shares_and_favour_rare_labels() -> None:
+    split = invented_split("train", 12)
+    plain = sample_weights(split, ("HAM10000=0.5", "ISIC2018-Task1-2=0.5"), 0.0)
+    is_ham = np.array([r["source"] == "HAM10000" for r in split.records])
+    assert plain[is_ham].sum() == pytest.approx(plain[~is_ham].sum())
+    rare = sample_weights(split, (), 1.0)
+    melanoma, nevus = rare[[r["diagnosis"] == "mel" for r in split.records]], rare[[r["diagnosis"] == "nv" and not r["artefact_hair"] for r in split.records]]
+    assert melanoma.min() > nevus.max()
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
+    together = seeding.normal((2, 3), 0, "x", 4, [0, 1, 2])
+    alone = seeding.normal((2, 3), 0, "x", 4, [1])
+    assert torch.equal(together[1:2], alone)

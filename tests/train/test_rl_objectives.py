@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from medviz.errors import InputError
+from train.rl.log_prob import DdimStep, gaussian_log_prob
+from train.rl.objectives import OBJECTIVES, ObjectiveOptions, Replay, clipped_policy_loss, forward, get_objective
+
+SHAPE = (3, 2, 4, 4)
+
+
+def clip_case(log_ratio, advantage, clip_range=0.1):
+    log_prob = torch.tensor([float(log_ratio)], requires_grad=True)
+    losses = clipped_policy_loss(log_prob, torch.zeros(1), torch.tensor([float(advantage)]), clip_range)
+    losses.loss.sum().backward()
+    return losses, log_prob.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "learns"),
+    [
+        (+0.5, +1.0, False),  # already likelier than the clip allows
+        (-0.5, -1.0, False),  # already less likely than the clip allows
+        (-0.5, +1.0, True),  # a good image grew less likely: pull it back
+        (+0.5, -1.0, True),  # a bad image grew likelier: pull it back
+        (+0.05, +1.0, True),  # inside the clip
+        (-0.05, -1.0, True),
+    ],
+)
+def test_the_four_quadrants_of_the_clip(log_ratio, advantage, learns):
+    losses, gradient = clip_case(log_ratio, advantage)
+    if learns:
+        # Descent moves the log-probability in the direction of the advantage.
+        assert gradient * advantage < 0
+    else:
+        assert gradient == 0.0
+    ratio = torch.tensor(float(log_ratio)).exp()
+    torch.testing.assert_close(losses.figures["ratio"], ratio[None])
+    assert losses.figures["clip_fraction"].item() == float(abs(ratio - 1) > 0.1)
+    assert losses.figures["approx_kl"].item() == pytest.approx(0.5 * log_ratio**2)
+
+
+def test_zero_advantage_has_zero_gradient():
+    assert clip_case(0.02, 0.0)[1] == 0.0
+
+
+def normal(seed):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def chain_replay(mean, reference_mean):
+    drawn = normal(5)
+    step = DdimStep(drawn, mean, 0.5, gaussian_log_prob(drawn, mean, 0.5))
+    return Replay(torch.zeros(3), step, step.log_prob.detach(), reference_mean)
+
+
+def test_divergence_from_the_reference_pulls_back_to_it():
+    mean = normal(0).requires_grad_()
+    away = OBJECTIVES["grpo"].loss(chain_replay(mean, normal(1)), ObjectiveOptions(kl_weight=2.0))
+    away.loss.sum().backward()
+    assert (mean.grad * (mean.detach() - normal(1))).sum() > 0
+    at = OBJECTIVES["grpo"].loss(chain_replay(mean.detach(), mean.detach()), ObjectiveOptions(kl_weight=2.0))
+    assert at.figures["reference_kl"].abs().max() == 0
+
+
+def noised_replay(advantages, prediction, old=None, reference=None):
+    old = normal(0) if old is None else old
+    return Replay(
+        torch.tensor(advantages),
+        prediction=prediction,
+        target=normal(9),
+        old_prediction=old,
+        reference_prediction=reference,
+    )
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_forward_moves_to_good_images_from_bad_ones_and_ignores_average_ones(beta):
+    prediction = normal(0).requires_grad_()
+    losses = forward(noised_replay([2.0, -2.0, 0.0], prediction), ObjectiveOptions(beta=beta, advantage_clip=5.0))
+    losses.loss.sum().backward()
+    towards = -(prediction.grad * (normal(9) - normal(0))).flatten(1).sum(1)
+    assert towards[0] > 0
+    assert towards[1] < 0
+    torch.testing.assert_close(towards[0] / (normal(9) - normal(0))[0].abs().mean() ** -1 > 0, torch.tensor(True))
+    assert prediction.grad[2].abs().max() < 1e-7
+
+
+def test_neither_beta_nor_the_advantage_clip_changes_the_first_gradient():
+    gradients = []
+    for options in (ObjectiveOptions(beta=1.0, advantage_clip=5.0), ObjectiveOptions(beta=0.2, advantage_clip=3.0)):
+        prediction = normal(0).requires_grad_()
+        forward(noised_replay([1.0, -2.0, 0.5], prediction), options).loss.sum().backward()
+        gradients.append(prediction.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_forward_loss_is_the_sum_of_both_implicit_policies():
+    prediction, old, target, b = normal(1), normal(0), normal(9), 0.4
+    losses = forward(noised_replay([5.0, -5.0, 2.5], prediction), ObjectiveOptions(beta=b, advantage_clip=5.0))
+
+    def error(mixed):
+        off = mixed - target
+        return off.square().mean(dim=(1, 2, 3)) / off.abs().mean(dim=(1, 2, 3))
+
+    positive, negative = error((1 - b) * old + b * prediction), error((1 + b) * old - b * prediction)
+    r = torch.tensor([1.0, 0.0, 0.75])
+    torch.testing.assert_close(losses.loss, 5.0 / b * (r * positive + (1 - r) * negative))
+
+
+def test_distance_from_the_adapter_free_prediction_is_weighted_in():
+    prediction, reference = normal(1), normal(2)
+    plain = forward(noised_replay([1.0, 1.0, 1.0], prediction), ObjectiveOptions(kl_weight=0.5))
+    held = forward(noised_replay([1.0, 1.0, 1.0], prediction, reference=reference), ObjectiveOptions(kl_weight=0.5))
+    torch.testing.assert_close(held.loss - plain.loss, 0.5 * (prediction - reference).square().mean(dim=(1, 2, 3)))
+
+
+def test_an_objective_refuses_the_other_process():
+    with pytest.raises(InputError, match="stored log-probabilities"):
+        OBJECTIVES["ddpo"].loss(noised_replay([0.0, 0.0, 0.0], normal(1)), ObjectiveOptions())
+    with pytest.raises(InputError, match="noised latents"):
+        OBJECTIVES["forward"].loss(chain_replay(normal(0), None), ObjectiveOptions())
+
+
+def test_an_unknown_objective_names_the_known_ones():
+    with pytest.raises(InputError, match="ddpo, grpo, forward"):
+        get_objective("reinforce")

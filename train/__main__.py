@@ -1,0 +1,48 @@
+"""`python -m train STAGE RECIPE [overrides]`: the one door to every training stage."""
+
+import importlib
+import logging
+import sys
+
+from medviz.errors import MedvizError
+
+STAGES = {
+    "autoencoder": ("train.autoencoder", "images to latents and back"),
+    "contrastive": ("train.contrastive", "tokenizer, text encoder and feature network from image-caption pairs"),
+    "diffusion": ("train.diffusion", "the text-conditioned generator"),
+    "classifier": ("train.classifier", "reward or judge network"),
+    "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),
+    "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
+    "evaluate": ("train.evaluate", "fidelity, alignment, diversity, memorisation; contact sheets"),
+    "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
+    "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),
+    "report": ("train.evaluate.report", "tables of README and About from assets/reports"),
+}
+
+
+def usage() -> str:
+    """The stages, a line each."""
+    lines = [f"  {name:12s} {text}" for name, (_, text) in STAGES.items()]
+    return "usage: python -m train STAGE RECIPE [--option value ...]\n\nstages:\n" + "\n".join(lines) + "\n\n`python -m train STAGE RECIPE --help` lists a stage's options."
+
+
+def main(arguments: list[str]) -> int:
+    """Run one stage; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0 if arguments else 2
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    stage, rest = arguments[0], arguments[1:]
+    if stage not in STAGES:
+        sys.stderr.write(f"no stage {stage!r}; stages are {', '.join(STAGES)}\n")
+        return 2
+    try:
+        importlib.import_module(STAGES[stage][0]).main(rest)
+    except MedvizError as error:
+        sys.stderr.write(f"{stage}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

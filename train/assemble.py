@@ -1,0 +1,152 @@
+"""Collect what the stages made into assets/models/DOMAIN, with the manifest and the model card written from it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from medviz.errors import InputError
+from medviz.models.card import write_card
+from medviz.models.manifest import write_manifest
+
+SOURCES: dict[str, list[dict[str, str]]] = {
+    "dermatology": [
+        {
+            "source": "HAM10000",
+            "licence": "CC BY-NC-SA 4.0",
+            "citation": "Tschandl, Rosendahl, Kittler 2018, doi 10.1038/sdata.2018.161",
+        },
+        {
+            "source": "ISIC 2018 Task 1-2",
+            "licence": "non-commercial use with attribution",
+            "citation": "Codella et al. 2018, arXiv 1902.03368",
+        },
+        {
+            "source": "artefact annotations",
+            "licence": "research use with attribution",
+            "citation": "Bissoto, Valle, Avila 2020, Debiasing skin lesion datasets and models? Not so fast",
+        },
+        {
+            "source": "artefact labels of the RL4Med-DDPO splits",
+            "licence": "research use with attribution",
+            "citation": "Saremi et al. 2025, arXiv 2503.15784",
+        },
+    ],
+    "radiology": [
+        {
+            "source": "NIH ChestX-ray14",
+            "licence": "NIH Clinical Center, unrestricted use with attribution",
+            "citation": "Wang et al. 2017, arXiv 1705.02315",
+        },
+        {
+            "source": "Kermany 2018 paediatric",
+            "licence": "CC BY 4.0",
+            "citation": "Kermany, Zhang, Goldbaum 2018, doi 10.17632/rscbjbr9sj",
+        },
+        {"source": "Hannover COVID-19", "licence": "CC BY 3.0", "citation": "Winther et al. 2020, COVID-19 image repository, Hannover Medical School"},
+        {
+            "source": "covid-chestxray-dataset",
+            "licence": "per image, CC BY-NC-SA 4.0 at the strictest",
+            "citation": "Cohen et al. 2020, arXiv 2006.11988",
+        },
+        {"source": "RSNA boxes (wording of prompts)", "licence": "not redistributed", "citation": "Shih et al. 2019, doi 10.1148/ryai.2019180041"},
+        {"source": "lung masks by v7labs", "licence": "CC BY 4.0", "citation": "v7labs covid-19-xray-dataset"},
+        {"source": "lung boxes and segmentations by GeneralBlockchain", "licence": "CC BY 4.0", "citation": "GeneralBlockchain covid-19-chest-xray-segmentations-dataset"},
+    ],
+}
+
+
+@dataclass
+class Parts:
+    """Which run made which part of a domain's model folder; `recipe` files name them."""
+
+    domain: str
+    preset: str
+    pipeline: str
+    features: str
+    reward: str
+    judge: str
+    segmenter: str
+    adapters: dict[str, str]
+    default_adapter: str | None
+    runs: dict[str, str]
+    """Stage name to run folder: their metrics.json go into the manifest."""
+
+
+def read_parts(path: str) -> Parts:
+    """The assembly recipe at `path`. Raises InputError when a key is missing or unknown."""
+    content = yaml.safe_load(Path(path).read_text())
+    try:
+        return Parts(**content)
+    except TypeError as error:
+        raise InputError(f"the assembly recipe {path} does not fit: {error}") from error
+
+
+def _copy(source: str, place: Path) -> None:
+    if not Path(source).is_dir():
+        raise InputError(f"no folder {source}: train that stage first, or drop the part from the assembly recipe")
+    if place.exists():
+        shutil.rmtree(place)
+    shutil.copytree(source, place)
+
+
+def _halve(folder: Path) -> None:
+    """Rewrite the safetensors files below `folder` in bf16: half the size, the precision the models are shipped in."""
+    for path in folder.rglob("*.safetensors"):
+        tensors = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def assemble(parts: Parts, folder: Path) -> None:
+    """Write the model folder `folder` from the parts and describe it in manifest.json and README.md."""
+    writing = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    _copy(parts.pipeline, writing)
+    for source, name in (
+        (parts.features, "features"),
+        (parts.reward, "rewards/attribute"),
+        (parts.judge, "judge"),
+        (parts.segmenter, "segmenter"),
+    ):
+        if source:
+            _copy(source, writing / name)
+            _halve(writing / name)
+    for name, source in parts.adapters.items():
+        _copy(source, writing / "adapters" / name)
+    metrics: dict[str, Any] = {}
+    for stage, run in parts.runs.items():
+        path = Path(run) / "metrics.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: the stage {stage} has not finished")
+        metrics[stage] = json.loads(path.read_text())
+    write_manifest(
+        writing,
+        {
+            "domain": parts.domain,
+            "preset": parts.preset,
+            "recipe": {stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
+            "data": SOURCES[parts.domain],
+            "training_cost": {stage: {"seconds": m.get("trained_s"), "steps": m.get("steps")} for stage, m in metrics.items()},
+            "seeds": {stage: m.get("seed") for stage, m in metrics.items()},
+            "metrics": metrics,
+            "default_adapter": parts.default_adapter,
+        },
+    )
+    write_card(writing)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writing.rename(folder)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train assemble RECIPE [FOLDER]`; FOLDER is assets/models/DOMAIN unless named."""
+    if not arguments:
+        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology.yaml")
+    parts = read_parts(arguments[0])
+    assemble(parts, Path(arguments[1]) if len(arguments) > 1 else Path("assets/models") / parts.domain)

@@ -1,0 +1,70 @@
+"""Latents of a split, encoded once and kept beside the run: what the generator and the RL anchor learn from."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from train import seeding
+from train.datasets.split import Split
+
+Autoencoder = AutoencoderTiny | AutoencoderKL
+
+
+def dihedral(image: np.ndarray, element: int) -> np.ndarray:
+    """The image (H, W, 3) turned by `element % 4` quarter turns, then mirrored if `element >= 4`.
+
+    Skin has no up or left; a chest has, so radiology never uses more than element 0.
+    """
+    turned = np.rot90(image, element % 4)
+    return np.ascontiguousarray(turned[:, ::-1] if element >= 4 else turned)
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]; the mode where the autoencoder is variational."""
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents * vae.config.scaling_factor
+
+
+def split_latents(vae: Autoencoder, split: Split, size_px: int, variants: int, seed: int, cache: Path, batch: int = 32) -> torch.Tensor:
+    """Latents of every image of a split in `variants` orientations, fp16 (variants, N, C, h, w).
+
+    Variant 0 is the image as it is; the others are dihedral elements drawn by image index. The file in `cache` is named
+    by everything it depends on, the autoencoder's weights included, so that another autoencoder never finds it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    digest.update(repr((split.domain, split.name, len(split), size_px, variants, seed, vae.config.scaling_factor)).encode())
+    path = cache / f"latents-{split.domain}-{split.name}-{digest.hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return load_file(path)["latents"]
+    images = split.images(size_px)
+    encoded = []
+    with torch.inference_mode(), tqdm(total=variants * len(split), unit="image", desc=f"latents {split.name}") as bar:
+        for variant in range(variants):
+            for start in range(0, len(images), batch):
+                part = images[start : start + batch]
+                if variant:
+                    chosen = [seeding.key(seed, "orientation", variant, start + j) % 7 + 1 for j in range(len(part))]
+                    part = np.stack([dihedral(image, element) for image, element in zip(part, chosen, strict=True)])
+                encoded.append(encode(vae, to_pixels(part)).half().cpu())
+                bar.update(len(part))
+    latents = torch.cat(encoded).unflatten(0, (variants, len(images)))
+    cache.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".writing-{path.name}")
+    save_file({"latents": latents.contiguous()}, writing)
+    os.replace(writing, path)
+    return latents

@@ -1,0 +1,227 @@
+"""The text-conditioned generator: a UNet2DConditionModel and its text encoder on cached latents.
+
+v-prediction (Salimans & Ho 2022, eq. 9-10) on the cosine schedule, loss weighted by min-SNR-gamma (Hang et al. 2023,
+eq. 6; for v: min(SNR, gamma) / (SNR + 1)), captions dropped at random for classifier-free guidance, averaged weights.
+Loss and sampling of timesteps are in :func:`denoising_loss`, which the RL anchor shares.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from medviz.domains import get_domain
+from medviz.errors import InputError
+from train import seeding
+from train.config import StageConfig, read_recipe
+from train.datasets.latents import split_latents
+from train.datasets.split import Split, open_split, source_weights
+from train.loop import fit
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+SHARD_BYTES = "14MB"
+
+
+@dataclass
+class DiffusionConfig(StageConfig):
+    """Options of the diffusion stage."""
+
+    domain: str = "dermatology"
+    autoencoder: str = "runs/autoencoder-cpu/model"
+    contrastive: str = "runs/contrastive-dermatology-cpu/model"
+    init: str = ""
+    """Pipeline folder whose UNet weights are the start (e.g. another domain's); empty: random."""
+    size_px: int = 128
+    channels: tuple[int, ...] = (128, 192, 224)
+    cross_attention: tuple[bool, ...] = (False, True, True)
+    """Cross-attention in the encoder half at each resolution, finest first; the decoder half has it at all."""
+    layers: int = 1
+    heads: int = 4
+    orientations: int = 1
+    """Cached orientations of each training image: more than 1 only where up and left mean nothing."""
+    source_shares: tuple[str, ...] = ()
+    """SOURCE=SHARE of the samples; unnamed sources share the rest by size."""
+    rarity_power: float = 0.5
+    """Samples are drawn in proportion to (frequency of the image's rarest label) ** -rarity_power; 0: as they come."""
+    batch: int = 16
+    """Images a step."""
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    caption_dropout: float = 0.1
+    min_snr_gamma: float = 5.0
+    ema_decay: float = 0.9995
+
+
+def denoising_loss(
+    unet: UNet2DConditionModel, latents: torch.Tensor, prompt_embeds: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
+    schedule: DDPMScheduler, min_snr_gamma: float,
+) -> torch.Tensor:
+    """Min-SNR weighted squared error of the UNet's prediction, one figure a sample (B,).
+
+    latents, noise: (B, C, h, w); prompt_embeds (B, L, D); timesteps (B,) int64. The target follows the schedule's
+    prediction type (epsilon or v).
+    """
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+    snr = compute_snr(schedule, timesteps)
+    weight = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else torch.ones_like(snr)
+    if schedule.config.prediction_type == "v_prediction":
+        target, divisor = schedule.get_velocity(latents, noise, timesteps), snr + 1
+    else:
+        target, divisor = noise, snr
+    weight = weight / divisor if min_snr_gamma > 0 else weight
+    return weight * (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+def sample_weights(split: Split, shares: tuple[str, ...], rarity_power: float) -> np.ndarray:
+    """How often each image is drawn: its source's share times a power of how rare its rarest label is."""
+    try:
+        wanted = {name: float(share) for name, share in (s.rsplit("=", 1) for s in shares)}
+    except ValueError as error:
+        raise InputError(f"source_shares must read SOURCE=SHARE, found {list(shares)}") from error
+    weights = source_weights(split, wanted)
+    domain = get_domain(split.domain)
+    present = [[head for head, value in domain.labels(record).items() if value >= 0.5] for record in split.records]
+    counts: dict[str, int] = {}
+    for heads in present:
+        for head in heads:
+            counts[head] = counts.get(head, 0) + 1
+    rarest = np.array([min((counts[h] for h in heads), default=len(split)) for heads in present])
+    return weights * (rarest / len(split)) ** -rarity_power
+
+
+class DiffusionLearner:
+    """Learns UNet and text encoder of one domain."""
+
+    def __init__(self, config: DiffusionConfig, train: Split, validation: Split) -> None:
+        self.config, self.train = config, train
+        self.domain = get_domain(config.domain)
+        self.vae = AutoencoderTiny.from_pretrained(config.autoencoder).to(config.device).eval()
+        cache = Path(config.out).parent / "latents"
+        self.latents = split_latents(self.vae, train, config.size_px, config.orientations, config.seed, cache)
+        self.validation = validation
+        self.validation_latents = split_latents(self.vae, validation, config.size_px, 1, config.seed, cache)[0]
+        self.weights = sample_weights(train, config.source_shares, config.rarity_power)
+        self.tokenizer = CLIPTokenizer.from_pretrained(f"{config.contrastive}/tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(f"{config.contrastive}/text_encoder").to(config.device)
+        self.unet = self._unet().to(config.device)
+        self.schedule = DDPMScheduler(**SCHEDULE)
+        self.modules = torch.nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder}).train()
+        self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+        self.rates = get_scheduler("cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        self.ema = EMAModel(self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+
+    def _unet(self) -> UNet2DConditionModel:
+        config = self.config
+        if config.init:
+            return UNet2DConditionModel.from_pretrained(f"{config.init}/unet", dtype=torch.float32)
+        torch.manual_seed(seeding.key(config.seed, "diffusion", "weights"))
+        channels = self.latents.shape[2]
+        return UNet2DConditionModel(
+            sample_size=self.latents.shape[-1],
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=config.channels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if c else "DownBlock2D" for c in config.cross_attention),
+            up_block_types=("CrossAttnUpBlock2D",) * len(config.channels),
+            layers_per_block=config.layers,
+            attention_head_dim=config.heads,
+            cross_attention_dim=self.text_encoder.config.hidden_size,
+            norm_num_groups=16,
+        )
+
+    def embed(self, captions: list[str]) -> torch.Tensor:
+        """Text embeddings (B, L, D), padded to the tokenizer's length as the pipeline pads."""
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return self.text_encoder(tokens.input_ids.to(self.config.device))[0]
+
+    def update(self, step: int) -> dict[str, float]:
+        config = self.config
+        chosen = seeding.batch_indices(len(self.train), config.batch, step, config.seed, "diffusion", self.weights)
+        captions, latents = [], []
+        for j, i in enumerate(chosen):
+            rng = random.Random(seeding.key(config.seed, "caption", step * config.batch + j))
+            captions.append("" if rng.random() < config.caption_dropout else self.domain.caption(self.train.records[i], rng))
+            latents.append(self.latents[rng.randrange(config.orientations), i])
+        clean = torch.stack(latents).float().to(config.device)
+        sample_indices = list(range(step * config.batch, (step + 1) * config.batch))
+        noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "diffusion-noise", 0, sample_indices).to(clean)
+        # stratified over the batch: the same expectation as independent draws, with less variance
+        offset = seeding.numpy_generator(config.seed, "timesteps", step).random()
+        places = ((np.arange(config.batch) + offset) / config.batch * self.schedule.config.num_train_timesteps).astype(np.int64)
+        timesteps = torch.from_numpy(places).to(config.device)
+        loss = denoising_loss(self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimizer.step()
+        self.rates.step()
+        self.ema.step(self.modules.parameters())
+        return {"loss": loss.item(), "grad_norm": norm.item()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.rates.state_dict(),
+            "ema": self.ema.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["rates"])
+        self.ema.load_state_dict(state["ema"])
+
+    def validation_loss(self, count: int = 512, batch: int = 32) -> tuple[float, int]:
+        """Mean weighted loss on validation latents at fixed noise and evenly spread timesteps; (loss, n)."""
+        config, losses = self.config, []
+        count = min(count, len(self.validation_latents))
+        with torch.inference_mode():
+            for start in range(0, count, batch):
+                indices = list(range(start, min(start + batch, count)))
+                captions = [self.domain.caption(self.validation.records[i], random.Random(i)) for i in indices]
+                clean = self.validation_latents[indices].float().to(config.device)
+                noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "validation-noise", 0, indices).to(clean)
+                timesteps = torch.tensor([(i * 997) % 1000 for i in indices], device=config.device)
+                losses.append(denoising_loss(self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma))
+        return torch.cat(losses).mean().item(), count
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write the averaged weights as a StableDiffusionPipeline folder in bf16, files under 15 MB."""
+        self.ema.copy_to(self.modules.parameters())
+        self.modules.eval()
+        loss, count = self.validation_loss()
+        metrics = {
+            "validation_loss": loss,
+            "validation_n": count,
+            "unet_parameters": sum(p.numel() for p in self.unet.parameters()),
+            "text_encoder_parameters": sum(p.numel() for p in self.text_encoder.parameters()),
+            "images_seen": self.config.steps * self.config.batch,
+        }
+        save_pipeline(folder, self.vae, self.text_encoder, self.tokenizer, self.unet)
+        return metrics
+
+
+def save_pipeline(folder: Path, vae: AutoencoderTiny, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel) -> None:
+    """Write the parts as the folder `StableDiffusionPipeline.from_pretrained` loads, weights in bf16 shards."""
+    # the cosine schedule's last log-SNR overflows a solver in fp32; diffusers' documented clip for it is -5.1
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", lambda_min_clipped=-5.1, steps_offset=1)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train diffusion RECIPE [overrides]`."""
+    config = read_recipe(arguments[0], DiffusionConfig, arguments[1:])
+    fit(DiffusionLearner(config, open_split(config.domain, "train"), open_split(config.domain, "validation")), config)

@@ -1,0 +1,117 @@
+"""The images that an evaluation judges: made once, kept on disk batch by batch, read by every metric.
+
+A run that was stopped goes on where it was, and a change of any weight, prompt, seed or setting asks for new images:
+the folder's name is the hash of everything that the pixels depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from tqdm import tqdm
+
+from medviz.generation.sampling import decode, sample
+from medviz.models.adapters import using_adapter
+from medviz.models.manifest import FileRecord
+from train.seeding import key
+
+GENERATOR_PARTS = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "model_index.json")
+
+
+@dataclass(frozen=True)
+class Request:
+    """N images to draw: prompts and seeds, one of each an image, and the sampler's settings."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def grid_request(prompts: Sequence[str], seeds_per_prompt: int, steps: int, guidance_scale: float) -> Request:
+    """Every prompt with the same seeds 0, 1, ...: prompt-major, so rows [i * k, (i + 1) * k) are prompt i's."""
+    return Request(
+        prompts=tuple(prompt for prompt in prompts for _ in range(seeds_per_prompt)),
+        seeds=tuple(range(seeds_per_prompt)) * len(prompts),
+        steps=steps,
+        guidance_scale=guidance_scale,
+    )
+
+
+def caption_request(captions: Sequence[str], seed: int, steps: int, guidance_scale: float) -> Request:
+    """One image a caption, each from a seed of its own that is a function of (seed, position)."""
+    seeds = tuple(key(seed, "evaluate", "caption", index) % 2**32 for index in range(len(captions)))
+    return Request(prompts=tuple(captions), seeds=seeds, steps=steps, guidance_scale=guidance_scale)
+
+
+def weights_digest(files: Mapping[str, FileRecord], adapter: str | None) -> str:
+    """sha256 over the names and hashes of the files that an image depends on: the pipeline's, and one adapter's.
+
+    The judge, the reward and other adapters leave it unchanged.
+    """
+    parts = (*GENERATOR_PARTS, *(() if adapter is None else (f"adapters/{adapter}/",)))
+    lines = [f"{name} {record.sha256}" for name, record in sorted(files.items()) if name.startswith(parts)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def generate(
+    pipeline: StableDiffusionPipeline,
+    files: Mapping[str, FileRecord],
+    adapter: str | None,
+    request: Request,
+    folder: Path,
+    *,
+    batch: int,
+    label: str = "images",
+) -> np.ndarray:
+    """Images of a request as uint8 (N, H, W, 3), drawn in batches of `batch`; batches found in `folder` are read.
+
+    adapter: a name, or None for the baseline. The image of a prompt and seed is the same whichever batch it is in, up
+    to the float error of a matrix product of another size.
+    """
+    identity = {"weights": weights_digest(files, adapter), "adapter": adapter, "batch": batch, **asdict(request)}
+    place = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "request.json").write_text(json.dumps(identity, indent=1))
+    parts = []
+    with using_adapter(pipeline.unet, adapter), tqdm(total=len(request), unit="image", desc=label) as bar:
+        for start in range(0, len(request), batch):
+            path = place / f"images-{start:06d}.npz"
+            if not path.is_file():
+                rows = slice(start, start + batch)
+                latents = sample(
+                    pipeline,
+                    request.prompts[rows],
+                    request.seeds[rows],
+                    steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                )
+                _write(path, _to_uint8(decode(pipeline, latents)))
+            with np.load(path) as stored:
+                parts.append(stored["images"])
+            bar.update(len(parts[-1]))
+    return np.concatenate(parts)
+
+
+def _to_uint8(images: torch.Tensor) -> np.ndarray:
+    levels = ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _write(path: Path, images: np.ndarray) -> None:
+    # Renamed when whole: a batch that a stop cut short must not be read as one.
+    writing = path.with_name(f".writing-{path.name}")
+    with writing.open("wb") as stream:
+        np.savez_compressed(stream, images=images)
+    os.replace(writing, path)

@@ -1,0 +1,162 @@
+"""Tables of the README and of the app from the JSON reports: `python -m train report`.
+
+Nothing in a table is typed by hand. A figure that a report does not hold reads "not computed".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from medviz.errors import InputError
+
+FORMAT_VERSION = 1
+NOT_COMPUTED = "not computed"
+TABLES_NAME = "tables.md"  # beside the reports: what the app's About tab shows
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReportConfig:
+    """Options of the report stage."""
+
+    reports: str = "assets/reports"
+    """Folder of the JSON files that the evaluations wrote."""
+    readme: str = "README.md"
+    """File whose text between the results markers is replaced."""
+    check: bool = False
+    """Write nothing; fail when the tables are not those of the reports."""
+
+
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """The reports in a folder, by file name; other JSON files are left alone.
+
+    Raises InputError for a file that is no JSON, or a report of another format version.
+    """
+    reports = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is no readable JSON: {error}") from error
+        if not isinstance(content, dict) or "figures" not in content or "format_version" not in content:
+            continue
+        if content["format_version"] != FORMAT_VERSION:
+            raise InputError(f"{path} has format {content['format_version']}, this program reads {FORMAT_VERSION}")
+        reports.append({**content, "file": path.name})
+    return reports
+
+
+def tables(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of all reports, one section each; says so where there is none."""
+    if not reports:
+        return "No evaluation has been run yet: every figure is not computed."
+    return "\n\n".join(section(report) for report in reports)
+
+
+def section(report: Mapping[str, Any]) -> str:
+    """One report as a heading, what it rests on, and the table of its headline figures for its default adapter."""
+    adapter = report.get("default_adapter")
+    changed = "aligned" if adapter is None else f"aligned (`{adapter}`)"
+    header = ("Figure", "real images", "baseline", changed, "change", "n")
+    rows = [_row(figure, adapter) for figure in report["figures"] if figure.get("headline")]
+    lines = [_line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
+    title = report.get("title") or f"{report.get('domain', '')} {report.get('kind', '')}".strip().capitalize()
+    return "\n".join([f"### {_text(title)}", "", _basis(report), "", *lines])
+
+
+def _basis(report: Mapping[str, Any]) -> str:
+    settings = report.get("settings", {})
+    parts = [f"Made by `{_text(report.get('command', NOT_COMPUTED))}` (assets/reports/{report['file']})"]
+    if settings:
+        parts.append(", ".join(f"{_text(name).replace('_', ' ')} {_text(value)}" for name, value in settings.items()))
+    digest = report.get("models", {}).get("sha256")
+    parts.append(f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`")
+    parts.append("brackets hold 95 % intervals, changes are paired by prompt and seed")
+    return "; ".join(parts) + "."
+
+
+def _row(figure: Mapping[str, Any], adapter: str | None) -> tuple[str, ...]:
+    mine = figure.get("adapters", {}).get(adapter) or {}
+    better = {True: " ↑", False: " ↓"}.get(figure.get("higher_is_better"), "")
+    n = (figure.get("baseline") or mine.get("value") or {}).get("n")
+    change = estimate_text(mine.get("change"))
+    if figure.get("change_kind") == "ratio" and change != NOT_COMPUTED:
+        change = f"× {change}"
+    # Where no real image could have such a figure (a grid prompt has no photograph), the cell is empty, not missing.
+    real = "" if figure.get("real") is None else estimate_text(figure["real"])
+    baseline, aligned = estimate_text(figure.get("baseline")), estimate_text(mine.get("value"))
+    return (_text(figure["label"]) + better, real, baseline, aligned, change, NOT_COMPUTED if n is None else str(n))
+
+
+def estimate_text(estimate: Mapping[str, Any] | None) -> str:
+    """An estimate as "0.71 [0.68, 0.74]", without brackets where it has no interval, or "not computed"."""
+    if estimate is None or not _is_number(estimate.get("value")):
+        return NOT_COMPUTED
+    value, low, high = (estimate.get(key) for key in ("value", "low", "high"))
+    if not _is_number(low) or not _is_number(high):
+        return f"{value:.3g}"
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def replaced(text: str, content: str) -> str:
+    """`text` with what stands between the results markers replaced by `content`.
+
+    Raises InputError unless each marker stands in the text exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InputError(f"the file needs one {BEGIN} and, after it, one {END} to write results between")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def run(config: ReportConfig) -> bool:
+    """Bring the tables of the README, and those that the app shows, up to date; returns whether they already were.
+
+    Raises InputError for an unreadable report or README, and with `check` when the tables are out of date.
+    """
+    path = Path(config.readme)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    content = tables(read_reports(Path(config.reports)))
+    new, beside = replaced(text, content), Path(config.reports) / TABLES_NAME
+    if new == text and beside.is_file() and beside.read_text(encoding="utf-8") == content + "\n":
+        logger.info("%s and %s are up to date", path, beside)
+        return True
+    if config.check:
+        raise InputError(f"{path} or {beside} does not show the reports beside it: run `python -m train report`")
+    path.write_text(new, encoding="utf-8")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(content + "\n", encoding="utf-8")
+    logger.info("wrote the results into %s and %s", path, beside)
+    return False
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train report [--reports FOLDER] [--readme FILE] [--check]`."""
+    run(tyro.cli(ReportConfig, args=arguments, prog="python -m train report"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

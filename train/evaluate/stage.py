@@ -1,0 +1,364 @@
+"""`python -m train evaluate RECIPE`: draw the pictures of a model folder, measure them, write JSON and contact sheet.
+
+Two sets of prompts: the domain's fixed grid, each prompt from the same few seeds (alignment, diversity), and captions
+of real images that no generator was trained on, one picture each (fidelity, memorisation: there the mix of generated
+and real images is the same). Every picture is drawn once and read by every metric.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from medviz import __version__
+from medviz.audit.memorisation import held_out_threshold, nearest_similarity
+from medviz.domains import Domain, get_domain
+from medviz.errors import InputError
+from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from medviz.models.library import LoadedDomain, ModelLibrary
+from medviz.models.manifest import FileRecord
+from medviz.rewards.attribute import attribute_reward
+from medviz.rewards.classifier import AttributeClassifier
+from train import seeding
+from train.config import StageConfig, read_recipe
+from train.datasets.split import Split, open_split
+from train.evaluate.alignment import target_matrix
+from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
+from train.evaluate.features import BeforeHead, FeatureSpace, as_pixels, independent_space
+from train.evaluate.figures import Figure
+from train.evaluate.generated import Request, caption_request, generate, grid_request, weights_digest
+from train.evaluate.measure import (
+    BASELINE,
+    Readings,
+    alignment_figures,
+    diversity_figure,
+    fidelity_figures,
+    memorisation_figures,
+)
+from train.evaluate.report import FORMAT_VERSION
+
+SHEET_PROMPTS, SHEET_SEEDS = 8, 4
+VERSIONED = ("torch", "diffusers", "transformers", "peft", "numpy", "torchmetrics")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """Options of the evaluate stage. Pictures already drawn are found again, so a stopped run goes on by itself."""
+
+    steps: int = DEFAULT_STEPS
+    """Denoising steps of a picture."""
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    domain: str = "dermatology"
+    models: str = "assets/models"
+    """Folder that holds the domain's model folder."""
+    adapters: tuple[str, ...] = ()
+    """Adapters to compare with the baseline; none named: the default one."""
+    split: str = "validation"
+    """Real images to compare with: validation while choosing, test once to report."""
+    grid_prompts: int = 0
+    """Validation prompts of the domain, evenly spaced (0: all)."""
+    seeds_per_prompt: int = 8
+    """Pictures of each validation prompt and model, at least 2."""
+    captions: int = 256
+    """Real images whose captions are drawn once each by every model (at most half of the split is used)."""
+    training_images: int = 0
+    """Training images that memorisation is checked against (0: all)."""
+    apr_heads: tuple[str, ...] = ()
+    """Heads of the paper's artefact prevalence rate: all of them right at once."""
+    batch: int = 16
+    """Pictures drawn at a time; part of what names the stored pictures."""
+    reports: str = "assets/reports"
+    """Folder that also gets the JSON and the contact sheet (empty: only `out`)."""
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Two groups of one split that share no patient and no lesion: `prompted` (A images), whose captions are drawn, and
+    `reference` (B images); uint8 (N, H, W, 3), with the captions (A,) of the prompted ones."""
+
+    prompted: np.ndarray
+    reference: np.ndarray
+    captions: tuple[str, ...]
+
+
+def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
+    """Evaluate one domain's models and return the report that was written.
+
+    Raises InputError for an option out of range, ModelError for model files that are missing or damaged.
+    """
+    _check(config)
+    domain = get_domain(config.domain)
+    loaded = ModelLibrary(Path(config.models), config.device).load(config.domain)
+    adapters = _chosen_adapters(config, loaded)
+    size_px = int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
+    real = real_images(open_split(config.domain, config.split), domain, config.captions, size_px, config.seed)
+    prompts = domain.validation_prompts()
+    prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
+    grid = grid_request(prompts, config.seeds_per_prompt, config.steps, config.guidance_scale)
+    drawn_captions = caption_request(real.captions, config.seed, config.steps, config.guidance_scale)
+    pictures = {
+        kind: _draw(config, loaded, adapters, request, kind)
+        for kind, request in (("grid", grid), ("captions", drawn_captions))
+    }
+    judge = AttributeClassifier.load(loaded.folder / "judge", config.device)
+    reward = AttributeClassifier.load(loaded.folder / "rewards" / "attribute", config.device)
+    labels = {head.name: head.label for head in domain.heads}
+    figures: list[Figure] = []
+    for role, classifier in (("judge", judge), ("reward", reward)):
+        for kind, request in (("grid", grid), ("captions", drawn_captions)):
+            figures += _alignment(config, domain, role, classifier, kind, request, pictures[kind], real, labels)
+    for index, space in enumerate(_spaces(loaded, judge, config.device)):
+        figures += _in_space(config, space, grid, pictures, real, size_px, independent=index == 0)
+    sheet = _write_sheets(config, domain, prompts, adapters, pictures["grid"])
+    report = _report(config, command, loaded, adapters, real, grid, figures, sheet)
+    _write_report(config, report)
+    return report
+
+
+def real_images(split: Split, domain: Domain, captions: int, size_px: int, seed: int) -> RealImages:
+    """Divide a split by group, in an order drawn from the seed, until `captions` images (at most half) are prompted."""
+    groups: dict[str, list[int]] = {}
+    for index, group in enumerate(split.groups):
+        groups.setdefault(group, []).append(index)
+    order = list(groups)
+    seeding.numpy_generator(seed, "evaluate", "groups").shuffle(order)
+    wanted, prompted, reference = min(captions, len(split) // 2), list[int](), list[int]()
+    for group in order:
+        (prompted if len(prompted) < wanted else reference).extend(groups[group])
+    prompted = prompted[:wanted]
+    texts = tuple(
+        domain.caption(split.records[i], random.Random(seeding.key(seed, "evaluate", "words", i))) for i in prompted
+    )
+    return RealImages(split.images(size_px, prompted), split.images(size_px, reference), texts)
+
+
+def _check(config: EvaluateConfig) -> None:
+    for name, low in (("seeds_per_prompt", 2), ("captions", 4), ("batch", 1), ("steps", 1), ("grid_prompts", 0)):
+        if getattr(config, name) < low:
+            raise InputError(f"{name} must be at least {low}, found {getattr(config, name)}")
+
+
+def _chosen_adapters(config: EvaluateConfig, loaded: LoadedDomain) -> tuple[str, ...]:
+    named = config.adapters or ("",)
+    found = [loaded.resolve_adapter(name) for name in named]
+    return tuple(dict.fromkeys(name for name in found if name is not None))
+
+
+def _draw(
+    config: EvaluateConfig, loaded: LoadedDomain, adapters: tuple[str, ...], request: Request, kind: str
+) -> dict[str, np.ndarray]:
+    """The request's pictures by every variant, uint8 (N, H, W, 3)."""
+    return {
+        adapter or BASELINE: generate(
+            loaded.pipeline,
+            _files(loaded),
+            adapter,
+            request,
+            Path(config.out) / "pictures",
+            batch=config.batch,
+            label=f"{kind}, {adapter or BASELINE}",
+        )
+        for adapter in (None, *adapters)
+    }
+
+
+def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
+    hub = loaded.manifest.hub
+    return {**({} if hub is None else hub.files), **loaded.manifest.files}
+
+
+def _spaces(loaded: LoadedDomain, judge: AttributeClassifier, device: str) -> tuple[FeatureSpace, FeatureSpace]:
+    """The independent feature space, then the judge's."""
+    pooled = BeforeHead(judge.model, judge.logits)
+    return independent_space(loaded.folder, device), FeatureSpace("judge", "pooled features of the judge", pooled)
+
+
+def _alignment(
+    config: EvaluateConfig,
+    domain: Domain,
+    role: Any,
+    classifier: AttributeClassifier,
+    kind: Any,
+    request: Request,
+    pictures: Mapping[str, np.ndarray],
+    real: RealImages,
+    labels: Mapping[str, str],
+) -> list[Figure]:
+    parsed = {prompt: domain.parse(prompt).targets for prompt in dict.fromkeys(request.prompts)}
+    targets = [parsed[prompt] for prompt in request.prompts]
+    read = {name: _read(classifier, images, targets, config.device) for name, images in pictures.items()}
+    return alignment_figures(
+        role,
+        kind,
+        classifier.heads,
+        labels,
+        classifier.thresholds,
+        targets,
+        read,
+        real=_read(classifier, real.prompted, targets, config.device) if kind == "captions" else None,
+        subset=config.apr_heads,
+    )
+
+
+def _read(
+    classifier: AttributeClassifier, images: np.ndarray, targets: list[Mapping[str, float]], device: str
+) -> Readings:
+    logits = []
+    with torch.inference_mode():
+        for start in range(0, len(images), 64):
+            logits.append(classifier.logits(as_pixels(images[start : start + 64]).to(device)).float().cpu())
+    joined = torch.cat(logits)
+    wanted = torch.from_numpy(target_matrix(targets, classifier.heads)).float()
+    decided = ~wanted.isnan()
+    margins = attribute_reward(joined, wanted.nan_to_num(), decided.float())
+    margins = torch.where(decided.any(dim=1), margins, torch.full_like(margins, torch.nan))
+    return Readings(torch.sigmoid(joined).numpy().astype(np.float64), margins.numpy().astype(np.float64))
+
+
+def _in_space(
+    config: EvaluateConfig,
+    space: FeatureSpace,
+    grid: Request,
+    pictures: Mapping[str, Mapping[str, np.ndarray]],
+    real: RealImages,
+    size_px: int,
+    *,
+    independent: bool,
+) -> list[Figure]:
+    """Fidelity and diversity in one feature space, and memorisation in the independent one."""
+
+    def embed(images: np.ndarray) -> np.ndarray:
+        return space.embed(images, device=config.device)
+
+    of_grid = {name: embed(images) for name, images in pictures["grid"].items()}
+    of_captions = {name: embed(images) for name, images in pictures["captions"].items()}
+    reference, prompted = embed(real.reference), embed(real.prompted)
+    figures = fidelity_figures(space.name, space.description, reference, prompted, of_captions)
+    figures.append(diversity_figure(space.name, space.description, grid.prompts, of_grid, headline=independent))
+    if independent:
+        training = _training_features(config, space, size_px)
+        everything = {name: np.concatenate([of_grid[name], of_captions[name]]) for name in of_grid}
+        figures += memorisation_figures(
+            space.name,
+            space.description,
+            held_out_threshold(nearest_similarity(reference, training)),
+            nearest_similarity(prompted, training).similarity,
+            {name: nearest_similarity(features, training).similarity for name, features in everything.items()},
+        )
+    return figures
+
+
+def _training_features(config: EvaluateConfig, space: FeatureSpace, size_px: int) -> np.ndarray:
+    """Features of the training images, read and embedded in small groups so that they are never all in memory."""
+    split = open_split(config.domain, "train")
+    chosen = evenly_spaced(len(split), config.training_images or len(split))
+    starts = tqdm(range(0, len(chosen), 64), desc=f"training images, {space.name}", unit="batch")
+    return np.concatenate(
+        [space.embed(split.images(size_px, chosen[start : start + 64]), device=config.device) for start in starts]
+    )
+
+
+def _write_sheets(
+    config: EvaluateConfig,
+    domain: Domain,
+    prompts: tuple[str, ...],
+    adapters: tuple[str, ...],
+    pictures: Mapping[str, np.ndarray],
+) -> str | None:
+    """Write a contact sheet an adapter to `out` and return the name of the first one; None without an adapter."""
+    rows, seeds = evenly_spaced(len(prompts), SHEET_PROMPTS), min(SHEET_SEEDS, config.seeds_per_prompt)
+    names = [f"contact-sheet-{domain.name}{'' if not number else f'-{a}'}.png" for number, a in enumerate(adapters)]
+
+    def chosen(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(prompts), config.seeds_per_prompt, *images.shape[1:])[rows][:, :seeds]
+
+    for adapter, name in zip(adapters, names, strict=True):
+        sheet = contact_sheet(
+            [prompts[i] for i in rows],
+            chosen(pictures[BASELINE]),
+            chosen(pictures[adapter]),
+            title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "
+            f"{config.steps} steps, guidance {config.guidance_scale:g}. Prompts and seeds are not selected.",
+            columns=[f"seed {seed}" for seed in range(seeds)],
+            names=("baseline", f"aligned: {adapter}"),
+        )
+        for folder in _folders(config):
+            write_sheet(folder / name, sheet, {"Description": "Synthetic images", "Software": f"medviz {__version__}"})
+    return names[0] if names else None
+
+
+def _report(
+    config: EvaluateConfig,
+    command: str,
+    loaded: LoadedDomain,
+    adapters: tuple[str, ...],
+    real: RealImages,
+    grid: Request,
+    figures: list[Figure],
+    sheet: str | None,
+) -> dict[str, Any]:
+    manifest = loaded.manifest
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "evaluation",
+        "title": f"{get_domain(config.domain).label}: baseline and aligned model",
+        "domain": config.domain,
+        "preset": manifest.preset,
+        "command": command,
+        "default_adapter": adapters[0] if adapters else None,
+        "settings": {
+            "split": config.split,
+            "steps": config.steps,
+            "guidance_scale": config.guidance_scale,
+            "seed": config.seed,
+            "grid": f"{len(grid) // config.seeds_per_prompt} prompts x {config.seeds_per_prompt} seeds",
+            "captions": len(real.captions),
+            "real_references": len(real.reference),
+        },
+        "prompts": list(dict.fromkeys(grid.prompts)),
+        "seeds": sorted(set(grid.seeds)),
+        "models": {
+            "sha256": manifest.sha256,
+            "weights": {a or BASELINE: weights_digest(_files(loaded), a) for a in (None, *adapters)},
+        },
+        "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
+        "contact_sheet": sheet,
+        "figures": [figure.as_json() for figure in figures],
+    }
+
+
+def _folders(config: EvaluateConfig) -> list[Path]:
+    return [Path(name) for name in (config.out, config.reports) if name]
+
+
+def _write_report(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    places = [Path(config.out) / "metrics.json"]
+    if config.reports:
+        places.append(Path(config.reports) / f"evaluation-{config.domain}.json")
+    for path in places:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writing = path.with_name(f".writing-{path.name}")
+        writing.write_text(text, encoding="utf-8")
+        os.replace(writing, path)
+        logger.info("wrote %s", path)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train evaluate RECIPE [overrides]`."""
+    config = read_recipe(arguments[0], EvaluateConfig, arguments[1:])
+    run(config, command=f"python -m train evaluate {shlex.join(arguments)}")

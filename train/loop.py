@@ -1,0 +1,79 @@
+"""The one training loop: resume, progress with time left, metrics, checkpoints, export.
+
+A stage supplies a :class:`Learner`; the loop knows nothing of what is learnt.
+"""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from medviz.errors import ModelError
+from train import checkpoint
+from train.config import StageConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Learner(Protocol):
+    """What a stage gives to :func:`fit`."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the step number: nested dicts and lists of tensors and JSON values."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def update(self, step: int) -> dict[str, float]:
+        """One optimiser step. All randomness comes from `train.seeding` with this step's number. Returns figures to log."""
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write the finished model and return the final metrics."""
+
+
+def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
+    """Run `learner` for `config.steps` updates and export it.
+
+    Returns the final metrics, or None when `max_minutes` ended the run early (its checkpoint is written, `--resume`
+    goes on). Raises ModelError when `resume` finds no sound checkpoint, or when a fresh run would overwrite one.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    start, trained_s = 0, 0.0
+    if config.resume:
+        start, state = checkpoint.load(out)
+        trained_s = state.pop("trained_s")
+        learner.load_state(state)
+    elif checkpoint.steps(out):
+        raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
+    began = saved = time.monotonic()
+    sums: dict[str, list[float]] = defaultdict(list)
+
+    def elapsed() -> float:
+        return trained_s + time.monotonic() - began
+
+    with (out / "metrics.jsonl").open("a") as log, tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start, config.steps):
+            for name, figure in learner.update(step).items():
+                sums[name].append(figure)
+            bar.update()
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                means = {name: sum(figures) / len(figures) for name, figures in sums.items()}
+                sums.clear()
+                log.write(json.dumps({"step": step + 1, "trained_s": round(elapsed(), 1), **means}) + "\n")
+                log.flush()
+                bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()}, refresh=False)
+            over = config.max_minutes > 0 and time.monotonic() - began > 60 * config.max_minutes
+            if over or step + 1 == config.steps or time.monotonic() - saved > config.checkpoint_every_s:
+                checkpoint.save(out, step + 1, {**learner.state(), "trained_s": elapsed()})
+                saved = time.monotonic()
+            if over and step + 1 < config.steps:
+                logger.warning("stopped at step %d of %d after %.1f minutes; --resume goes on", step + 1, config.steps, config.max_minutes)
+                return None
+    metrics = {**learner.export(out / "model"), "steps": config.steps, "seed": config.seed, "trained_s": round(elapsed(), 1)}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    return metrics

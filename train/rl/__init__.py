@@ -1,0 +1,1 @@
+"""Aligning a generator with rewards: one rollout, one replay, objectives of a few lines, safeguards."""

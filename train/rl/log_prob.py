@@ -1,0 +1,151 @@
+"""The stochastic DDIM step and the log-probability of what it drew.
+
+Denoising as a Markov decision process: Black et al., "Training Diffusion Models with Reinforcement Learning" (DDPO,
+arXiv 2305.13301). The step is equation 12 of Song et al., "Denoising Diffusion Implicit Models" (arXiv 2010.02502).
+Rollout and replay both call :func:`ddim_step`, so before the first update they agree on every log-probability.
+Coefficients are worked out in float64 and log-probabilities are kept in float32: in half precision their rounding error
+is as large as the clip range of 1e-4.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+from medviz.errors import InputError
+from medviz.generation.sampling import split_prediction
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class ZeroVarianceError(InputError):
+    """A step of the schedule draws nothing at random, so the log-probability of its outcome does not exist."""
+
+
+@dataclass(frozen=True)
+class DdimSchedule:
+    """The steps of one stochastic DDIM chain of T steps, as Python floats (float64).
+
+    timesteps: what the unet is told, descending. alphas_prev: cumulative product at the timestep stepped to; stds:
+    standard deviation of the noise drawn, all above 0. scheduler: says what a prediction at a timestep stands for.
+    """
+
+    timesteps: tuple[int, ...]
+    alphas_prev: tuple[float, ...]
+    stds: tuple[float, ...]
+    scheduler: DDIMScheduler
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class DdimStep:
+    """One step of B chains.
+
+    prev_latents (B, C, h, w) fp32: what was drawn (rollout) or given (replay); mean (B, C, h, w) fp32 and std (scalar):
+    the normal distribution it was drawn from; log_prob (B,) fp32: mean over the latent's elements, not their sum.
+    """
+
+    prev_latents: torch.Tensor
+    mean: torch.Tensor
+    std: float
+    log_prob: torch.Tensor
+
+
+def stochastic_schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float = 1.0) -> DdimSchedule:
+    """The DDIM chain of `steps` steps for a model trained with `scheduler_config` (any diffusers scheduler's config).
+
+    `set_alpha_to_one` is off and clipping of the estimate is off: with either of them the last step has no variance or
+    is not a normal distribution. Leading spacing gets `steps_offset` 1 where the config says nothing. A config that
+    says 0 steps from timestep 0 to itself. eta in (0, 1] scales the noise (1: as much as DDPM).
+
+    Raises ZeroVarianceError, naming the step, for eta 0 and for any step whose variance is 0; InputError for a
+    prediction type or eta outside what is allowed.
+    """
+    if eta == 0:
+        raise ZeroVarianceError("eta is 0: a deterministic chain has no log-probabilities; allowed are 0 < eta <= 1")
+    if not 0 < eta <= 1:
+        raise InputError(f"eta is {eta}; allowed are 0 < eta <= 1")
+    wanted = {
+        "steps_offset": 1,
+        **scheduler_config,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "thresholding": False,
+    }
+    understood = inspect.signature(DDIMScheduler.__init__).parameters
+    scheduler = DDIMScheduler(**{k: v for k, v in wanted.items() if k in understood})
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        raise InputError(f"prediction_type is {scheduler.config.prediction_type!r}; allowed are {PREDICTION_TYPES}")
+    scheduler.set_timesteps(steps)
+    cumulative = scheduler.alphas_cumprod.double().tolist()
+    timesteps = [int(t) for t in scheduler.timesteps]
+    stride = scheduler.config.num_train_timesteps // steps
+    alphas = [cumulative[t] for t in timesteps]
+    alphas_prev = [cumulative[t - stride] if t >= stride else cumulative[0] for t in timesteps]
+    stds = [eta * _ddpm_std(a, p) for a, p in zip(alphas, alphas_prev, strict=True)]
+    for index, (t, a, std) in enumerate(zip(timesteps, alphas, stds, strict=True)):
+        if std <= 0:
+            raise ZeroVarianceError(
+                f"step {index} (timestep {t}) of {steps} has variance 0 and therefore no log-probability; "
+                f"steps_offset is {scheduler.config.steps_offset}, timestep_spacing "
+                f"{scheduler.config.timestep_spacing!r}: use steps_offset 1 with leading spacing, or trailing spacing"
+            )
+        if a <= 0 and scheduler.config.prediction_type == "epsilon":
+            raise InputError(f"timestep {t} holds no signal (alpha 0): an epsilon prediction cannot start there")
+    return DdimSchedule(tuple(timesteps), tuple(alphas_prev), tuple(stds), scheduler)
+
+
+def _ddpm_std(alpha: float, alpha_prev: float) -> float:
+    """Equation 16 of DDIM at eta 1; 0 where the step goes nowhere."""
+    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
+    return math.sqrt(max(variance, 0.0))
+
+
+def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+    """Log-density of `sample` (B, ...) under N(mean, std^2 I), its mean over the elements of each sample: (B,).
+
+    In fp32, or in float64 where `mean` is.
+    The mean, not the sum: a clip range on the ratio then means a different thing for another latent size.
+    """
+    working = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    squared = (sample.to(working) - mean.to(working)).square() / (2 * std**2)
+    return -(squared + math.log(std) + 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+def ddim_step(
+    schedule: DdimSchedule,
+    index: int,
+    prediction: torch.Tensor,
+    latents: torch.Tensor,
+    *,
+    noise: torch.Tensor | None = None,
+    prev_latents: torch.Tensor | None = None,
+) -> DdimStep:
+    """Step `index` of the chain, for a rollout (give `noise`, standard normal) or a replay (give `prev_latents`).
+
+    prediction, latents, noise, prev_latents: (B, C, h, w); worked in fp32 (or float64 when all are).
+    Raises InputError unless exactly one of `noise` and `prev_latents` is given.
+    """
+    working = torch.float64 if latents.dtype == torch.float64 else torch.float32
+    latents, prediction = latents.to(working), prediction.to(working)
+    alpha_prev, std = schedule.alphas_prev[index], schedule.stds[index]
+    read = split_prediction(schedule.scheduler, prediction, latents, schedule.timesteps[index])
+    mean = math.sqrt(alpha_prev) * read.x0 + math.sqrt(max(1 - alpha_prev - std**2, 0.0)) * read.noise
+    if noise is not None and prev_latents is None:
+        drawn = (mean + std * noise.to(mean)).detach()
+    elif prev_latents is not None and noise is None:
+        drawn = prev_latents.to(mean).detach()
+    else:
+        raise InputError("give either noise (to draw) or prev_latents (to weigh what was drawn), not both or neither")
+    return DdimStep(drawn, mean, std, gaussian_log_prob(drawn, mean, std))
+
+
+def kl_same_std(mean: torch.Tensor, reference_mean: torch.Tensor, std: float) -> torch.Tensor:
+    """KL divergence of two normals that share `std`, the mean over elements of each sample: (B,)."""
+    return ((mean - reference_mean).square() / (2 * std**2)).flatten(1).mean(1)

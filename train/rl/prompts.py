@@ -1,0 +1,62 @@
+"""The prompts that are trained on: the domain's own and invented ones, each with what a reward can check of it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from medviz.domains.base import Domain, ParsedPrompt
+from medviz.errors import InputError
+from medviz.generation.sampling import PromptEmbeds, encode_prompts
+from train import seeding
+
+TRIES = 50
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """P prompts, what each asks for, and their embeddings: cond (P, L, D) and uncond (1, L, D)."""
+
+    prompts: tuple[str, ...]
+    parsed: tuple[ParsedPrompt, ...]
+    cond: torch.Tensor
+    uncond: torch.Tensor
+
+    def embeds(self, prompt_ids: np.ndarray) -> PromptEmbeds:
+        """The embeddings of the prompts with these ids, (B, L, D) each."""
+        chosen = torch.as_tensor(np.asarray(prompt_ids), device=self.cond.device)
+        return PromptEmbeds(self.cond[chosen], self.uncond.expand(len(chosen), -1, -1))
+
+
+def prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Sequence[str]) -> PromptTable:
+    """The table of `prompts`. Raises InputError for one that decides no attribute: nothing could reward it."""
+    parsed = tuple(domain.parse(p) for p in prompts)
+    mute = [p.prompt for p in parsed if not p.targets]
+    if mute:
+        raise InputError(f"{len(mute)} of {len(prompts)} prompts ask for nothing a reward can check, e.g. {mute[0]!r}")
+    with torch.no_grad():
+        embeds = encode_prompts(pipeline, list(prompts))
+    return PromptTable(tuple(prompts), parsed, embeds.cond.float(), embeds.uncond[:1].float())
+
+
+def invented_prompts(domain: Domain, count: int, seed: int) -> list[str]:
+    """`count` different captions of records that no patient stands behind, each asking for what a reward can check.
+
+    None is one of the domain's validation prompts. Raises InputError when the grammar does not give so many.
+    """
+    rng = random.Random(seeding.key(seed, "rl", "invented prompts"))
+    known, found = set(domain.validation_prompts()), dict[str, None]()
+    for _ in range(TRIES * count):
+        if len(found) == count:
+            break
+        caption = domain.caption(domain.invented_record(rng), rng)
+        if caption not in known and domain.parse(caption).targets:
+            found[caption] = None
+    if len(found) < count:
+        raise InputError(
+            f"the grammar of {domain.name} gave {len(found)} of {count} different prompts that can be rewarded"
+        )
+    return list(found)
