@@ -1,4 +1,4 @@
-"""Pictures for people: enlarged images, attention overlays with their colour bar, region outlines, differences, figures.
+"""Pictures for people: enlarged images, attention overlays, region outlines, differences, figures.
 
 Everything takes and returns PIL RGB images and numpy arrays; nothing here knows a model. Heat maps are float (H, W) in
 [0, 1] on the image's own grid, masks are bool (H, W).
@@ -32,7 +32,7 @@ _PAPER = (255, 255, 255)
 def enlarge(image: Image.Image, side_px: int = DISPLAY_SIDE_PX) -> Image.Image:
     """Return the image with its longer side at side_px (Lanczos), for the screen only; larger images are shrunk."""
     scale = side_px / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
@@ -112,9 +112,7 @@ def with_footer(picture: Image.Image, text: str) -> Image.Image:
 
 def outline_colours(names: Sequence[str]) -> dict[str, str]:
     """Return the colour of each region's outline as #rrggbb, in the order `outlines` draws them."""
-    return {
-        name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in zip(names, _cycle(len(names)), strict=True)
-    }
+    return {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in zip(names, _cycle(len(names)), strict=True)}
 
 
 def difference(baseline: Image.Image, aligned: Image.Image, side_px: int = DISPLAY_SIDE_PX) -> Image.Image:

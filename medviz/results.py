@@ -1,24 +1,27 @@
-"""What the studio hands back, typed and frozen, and how its figures are taken from maps and masks; no model needed."""
+"""What the studio is asked and what it hands back: typed, frozen, readable without any model in memory."""
 
-from __future__ import annotations
-
-import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-if TYPE_CHECKING:
-    from medviz.models.manifest import Manifest
-    from medviz.rewards.scores import Score
-
 HeatMap = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A comparison whose every value was checked. adapter: a name of the domain's, None for the baseline."""
+
+    domain: str
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Preview:
     step: int
     steps: int
     image: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of one classifier.
+
+    name: what it measures. role: whether the classifier took part in alignment ("reward") or was held out ("judge").
+    baseline, aligned: of the two images; of a single image it stands under `baseline` and `aligned` is None. None also
+    where the prompt asks for nothing the classifier knows.
+    """
+
+    name: str
+    role: Literal["reward", "judge"]
+    baseline: float | None
+    aligned: float | None
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,7 @@ class Pair:
             "adapter": self.adapter or "none",
             "models": dict(self.models),
             "words": list(self.words),
-            "scores": [score_report(score) for score in self.scores],
+            "scores": [dict(vars(score)) for score in self.scores],
             "warnings": list(self.warnings),
             "timings_s": dict(self.timings_s),
         }
@@ -150,79 +169,3 @@ class Grounding:
             "box": None if self.box is None else list(self.box),
             "warnings": list(self.warnings),
         }
-
-
-def score_report(score: Score) -> dict[str, Any]:
-    """Return one row of a report's scores."""
-    return {
-        "name": score.name,
-        "role": score.role,
-        "baseline": score.baseline,
-        "aligned": score.aligned,
-        "higher_is_better": score.higher_is_better,
-    }
-
-
-def region_attention(
-    names: Sequence[str], heat_maps: Sequence[HeatMap], masks: Sequence[Mapping[str, Mask]]
-) -> tuple[RegionAttention, ...]:
-    """Measure a word's heat maps (baseline, aligned) inside the regions found on either image.
-
-    A region that was found on neither image is left out.
-    """
-    from medviz.grounding.metrics import cnr, mass_in_region
-
-    figures = []
-    for name in names:
-        found = [side.get(name) for side in masks]
-        if all(mask is None or not mask.any() for mask in found):
-            continue
-        mass, contrast = (
-            [None if mask is None else _finite(measure(heat, mask)) for heat, mask in zip(heat_maps, found, strict=True)]
-            for measure in (mass_in_region, cnr)
-        )
-        figures.append(RegionAttention(name, mass[0], mass[1], contrast[0], contrast[1]))
-    return tuple(figures)
-
-
-def placed(square: HeatMap, size: tuple[int, int]) -> HeatMap:
-    """Lay a map of the central square (side, side) on the whole image's grid; 0 outside. size: (width, height) px."""
-    width, height = size
-    side = min(size)
-    whole = np.zeros((height, width), np.float32)
-    top, left = (height - side) // 2, (width - side) // 2
-    resized = cv2.resize(np.asarray(square, np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
-    whole[top : top + side, left : left + side] = np.clip(resized, 0.0, 1.0)
-    return whole
-
-
-def brightest_box(heat_map: HeatMap, threshold: float) -> tuple[int, int, int, int] | None:
-    """Box (x0, y0, x1, y1) px, ends exclusive, around the largest connected part above `threshold` of the maximum.
-
-    None for a map that is 0 everywhere.
-    """
-    if not heat_map.max() > 0:
-        return None
-    hot = (heat_map > threshold * heat_map.max()).astype(np.uint8)
-    _, _, boxes, _ = cv2.connectedComponentsWithStats(hot, connectivity=8)
-    x, y, width, height, _ = (int(value) for value in max(boxes[1:], key=lambda box: int(box[cv2.CC_STAT_AREA])))
-    return x, y, x + width, y + height
-
-
-def model_hashes(manifest: Manifest, adapter: str | None) -> dict[str, Any]:
-    """Name what drew and judged: the preset and, for each part, the sha256 of its weights (of their list when sharded)."""
-    files = {**(manifest.hub.files if manifest.hub is not None else {}), **manifest.files}
-    parts: dict[str, list[str]] = {}
-    for name, record in sorted(files.items()):
-        part = name.rpartition("/")[0]
-        if name.endswith(".safetensors") and (not part.startswith("adapters/") or part == f"adapters/{adapter}"):
-            parts.setdefault(part, []).append(record.sha256)
-    hashes = {
-        part: found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
-        for part, found in parts.items()
-    }
-    return {"preset": manifest.preset, **hashes}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

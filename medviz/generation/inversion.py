@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -89,7 +90,7 @@ def invert(
     embeds = encode_prompts(pipeline, [prompt] * latents.shape[0])
     path = [latents]
     with torch.inference_mode():
-        for index, (t_from, t_to) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        for index, (t_from, t_to) in enumerate(pairwise(grid)):
             start, t_known = path[-1], t_from
             reached = start
             for _ in range(1 + refinements):

@@ -7,7 +7,6 @@ Guidance: classifier-free guidance, arXiv 2207.12598, equation 6, in the order [
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from medviz.grounding.capture import AttentionMaps
-
-logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, torch.Tensor], None]
 

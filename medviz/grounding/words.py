@@ -60,9 +60,7 @@ def token_indices(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) ->
     pattern = r"(?<!\w)" + r"\s+".join(re.escape(part) for part in parts) + r"(?!\w)"
     spans = [match.span() for match in re.finditer(pattern, prompt, flags=re.IGNORECASE)]
     if not spans:
-        raise InputError(
-            f"{word!r} is not in the prompt {prompt!r}; choose a word of the prompt as it is written there"
-        )
+        raise InputError(f"{word!r} is not in the prompt {prompt!r}; choose a word as the prompt has it")
     offsets = _offsets(tokenizer, prompt)
     kept = _last_kept(tokenizer, offsets)
     found: set[int] = set()

@@ -91,7 +91,8 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, name: str, *, details: M
         f"{_PREFIX}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in unet.peft_config[name].to_dict().items()
     }
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    # One entry: safetensors writes several in an order of chance.
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     save_file(weights, folder / LORA_WEIGHT_NAME_SAFE, metadata=metadata)
     text = json.dumps({"kind": KIND_LORA, **(details or {})}, indent=1, sort_keys=True, allow_nan=False)
     (folder / ADAPTER_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

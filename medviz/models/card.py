@@ -133,8 +133,7 @@ def _classifier_parts(classifiers: Mapping[str, Mapping[str, Any]]) -> Iterator[
 def _figures(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Rows of the nested figures; a leaf is a number, None, or a mapping with `value`, its interval and `n`.
 
-    A list holds figures as train.evaluate writes them: one mapping each, with its label and what it is of real images,
-    of the baseline and of every adapter.
+    A list holds figures as train.evaluate writes them: see _evaluated.
     """
     rows: list[tuple[Any, ...]] = []
     for name, value in metrics.items():
@@ -143,12 +142,18 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         elif isinstance(value, Mapping):
             rows.extend((f"{name} {inner[0]}", *inner[1:]) for inner in _figures(value))
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            for item in value:
-                sides = {side: item[side] for side in ("real", "baseline", "adapters") if side in item}
-                rows.extend(_figures({str(item.get("label") or item.get("name")): sides}))
+            rows.extend(row for item in value for row in _evaluated(item))
         else:
             rows.append((name, value, "", ""))
     return rows
+
+
+def _evaluated(figure: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Rows of one figure of train.evaluate: of real images, of the baseline, and value and change of every adapter."""
+    sides = {side: figure[side] for side in ("real", "baseline") if side in figure}
+    for name, sizes in figure.get("adapters", {}).items():
+        sides |= {f"`{name}`": sizes.get("value"), f"`{name}` against the baseline": sizes.get("change")}
+    return _figures({str(figure.get("label") or figure.get("name")): sides})
 
 
 def _interval(figure: Mapping[str, Any]) -> str | None:

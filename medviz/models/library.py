@@ -134,9 +134,7 @@ class ModelLibrary:
             )
         manifest = read_manifest(folder)
         if manifest.domain != domain:
-            raise ModelError(
-                f"{folder / MANIFEST_NAME} describes {manifest.domain!r}, but lies in the folder {domain!r}"
-            )
+            raise ModelError(f"{folder / MANIFEST_NAME} describes {manifest.domain!r}, but its folder is {domain!r}")
         verify(folder, manifest)
         source = folder if manifest.hub is None else _fetch(manifest.hub)
         pipeline = _load_pipeline(source, self.dtype)

@@ -8,13 +8,12 @@ from typing import Any
 import gradio as gr
 
 from medviz.domains import DOMAINS
-from medviz.errors import ModelError
 from medviz.studio import Studio
 
 logger = logging.getLogger(__name__)
 
 _INTRODUCTION = """
-**What this is.** Two text-to-image models draw the same prompt from the same noise: the *baseline*, fine-tuned on medical
+**What this is.** Two text-to-image models draw the same prompt from the same noise: the *baseline*, trained on medical
 images, and the *aligned* model, the same network with an adapter that reinforcement learning trained to draw what the
 prompt says. The coloured maps show where each word of the prompt entered the image.
 
@@ -60,11 +59,12 @@ def read_figures(path: Path) -> Any:
 
 
 def _card(studio: Studio, name: str) -> str:
-    try:
-        return studio.card(name)
-    except ModelError:
-        logger.exception("the model card of %s cannot be made", name)
-        return "The models of this domain cannot be read on this server."
+    path = studio.root / name / "README.md"
+    if not path.is_file():
+        return "There is no model card for this domain."
+    text = path.read_text(encoding="utf-8")
+    # The front matter is for the Hub.
+    return text.split("\n---\n", 1)[-1] if text.startswith("---\n") else text
 
 
 def _title(path: Path) -> str:

@@ -27,7 +27,7 @@ label SYNTHETIC and, as PNG text, how they were made.
 | `/score` | domain, image, prompt | JSON |
 """
 
-_CODE = '''from gradio_client import Client, handle_file
+_CODE = """from gradio_client import Client, handle_file
 
 client = Client("http://127.0.0.1:7860")  # or the name of the Space
 baseline, aligned, report = client.predict(
@@ -39,7 +39,7 @@ left, right, figures = client.predict(
 )
 overlay, found = client.predict("{domain}", handle_file("image.png"), "{word}", adapter="", api_name="/ground")
 scores = client.predict("{domain}", handle_file("image.png"), "{prompt}", api_name="/score")
-'''
+"""
 
 
 class Endpoints:
@@ -49,7 +49,7 @@ class Endpoints:
         self.studio = studio
 
     def compare(
-        self, domain: str, prompt: str, seed: float, steps: float, guidance_scale: float, adapter: str
+        self, domain: str, prompt: str, seed: int, steps: int, guidance_scale: float, adapter: str
     ) -> tuple[str, str, dict[str, Any]]:
         """Draw a prompt with the baseline and with the aligned model from the same noise."""
         with telling():
@@ -63,7 +63,7 @@ class Endpoints:
             )
 
     def attention(
-        self, domain: str, prompt: str, seed: float, steps: float, guidance_scale: float, adapter: str, word: str
+        self, domain: str, prompt: str, seed: int, steps: int, guidance_scale: float, adapter: str, word: str
     ) -> tuple[str, str, dict[str, Any]]:
         """Show where a word of the prompt looked on both images; at once after /compare of the same request."""
         with telling():
@@ -89,7 +89,12 @@ class Endpoints:
     def score(self, domain: str, image: str | None, prompt: str) -> dict[str, Any]:
         """Score how well an image that is sent along shows a prompt, by the reward and by the judge."""
         with telling():
-            return {"scores": self.studio.score(domain, _path(image), prompt).report()}
+            scores = self.studio.score(domain, _path(image), prompt)
+        rows = [
+            {"name": row.name, "role": row.role, "value": row.baseline, "higher_is_better": row.higher_is_better}
+            for row in scores
+        ]
+        return {"scores": rows}
 
 
 def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> None:
@@ -117,9 +122,7 @@ def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> Non
             ("ground", endpoints.ground, [domain, image, phrase, adapter], [pngs[2], report]),
             ("score", endpoints.score, [domain, image, text], [report]),
         ):
-            gr.Button(name).click(
-                function, inputs, outputs, api_name=name, concurrency_id="model", concurrency_limit=1
-            )
+            gr.Button(name).click(function, inputs, outputs, api_name=name, concurrency_id="model", concurrency_limit=1)
 
 
 def _path(image: str | None) -> Path:

@@ -82,13 +82,11 @@ class GenerateTab:
             )
             self.keep_seed = gr.Checkbox(True, label="Keep this seed", min_width=110)
             self.dice = gr.Button("New seed", min_width=90, elem_id="mv-dice")
-        self.steps = gr.Slider(
-            MIN_STEPS, MAX_STEPS, DEFAULT_STEPS, step=1, label="Denoising steps", elem_id="mv-steps"
-        )
+        self.steps = gr.Slider(MIN_STEPS, MAX_STEPS, DEFAULT_STEPS, step=1, label="Denoising steps", elem_id="mv-steps")
         self.guidance = gr.Slider(
             MIN_GUIDANCE_SCALE,
             MAX_GUIDANCE_SCALE,
-            DEFAULT_GUIDANCE_SCALE,
+            default_guidance_scale(self.studio, domain),
             step=0.5,
             label="Guidance scale",
             info="How strongly the prompt steers both images; 1 is no guidance.",
@@ -176,7 +174,7 @@ class GenerateTab:
             updates[self.builders[other].group] = gr.update(visible=other == name)
             updates[self.galleries[other]] = gr.update(visible=other == name)
         updates[self.adapter] = gr.update(choices=adapter_choices(self.studio, name), value="")
-        updates[self.guidance] = self.studio.default_guidance_scale(name)
+        updates[self.guidance] = default_guidance_scale(self.studio, name)
         if pairs:
             return updates | self.panel.show(pairs[0], STORED)
         return updates | self.panel.show(None, "Choose a prompt and press Generate.")
@@ -216,9 +214,9 @@ class GenerateTab:
         self,
         domain: str,
         prompt: str,
-        seed: float,
+        seed: int,
         keep_seed: bool,
-        steps: float,
+        steps: int,
         guidance_scale: float,
         adapter: str,
         previous: Pair | None,
@@ -261,8 +259,16 @@ def new_seed() -> int:
 
 def adapter_choices(studio: Studio, domain: str) -> list[tuple[str, str]]:
     """Return (label, value) of a domain's adapters as the API takes them: "" the default one, "none" the baseline."""
-    titles = studio.adapters(domain)
-    default = studio.default_adapter(domain)
-    choices = [(f"{title} (default)", "") for name, title in titles.items() if name == default]
-    choices += [(title, name) for name, title in titles.items() if name != default]
-    return [*(choices or [("None trained yet", "")]), ("None: the baseline on both sides", "none")]
+    baseline = ("None: the baseline on both sides", "none")
+    if domain not in studio.domains():
+        return [("None trained yet", ""), baseline]
+    manifest = studio.manifest(domain)
+    titles = {name: str(details.get("title") or name) for name, details in manifest.adapters.items()}
+    default = titles.pop(manifest.default_adapter or "", None)
+    choices = [(f"{default} (default)" if default else "None trained yet", "")]
+    return [*choices, *((title, name) for name, title in titles.items()), baseline]
+
+
+def default_guidance_scale(studio: Studio, domain: str) -> float:
+    """Return where the guidance slider stands for a domain."""
+    return studio.default_guidance_scale(domain) if domain in studio.domains() else DEFAULT_GUIDANCE_SCALE

@@ -17,9 +17,9 @@ from medviz.ui.result_panel import LIGHT, STATE_LIFETIME_S, Updates
 from medviz.ui.views import Look
 
 _CAVEAT = (
-    "The map shows where the *generator* reads the phrase in this image. It is not a detector: it lights up for findings "
-    "that are not there, and it must not be used for any decision about a patient. Upload only images you may share; "
-    "the server deletes them within the hour."
+    "The map shows where the *generator* reads the phrase in this image. It is no detector: it also lights up for "
+    "findings that are not there, and must not be used for any decision about a patient. Upload only images that you "
+    "may share; the server deletes them within the hour."
 )
 
 
@@ -132,9 +132,7 @@ class GroundTab:
             self.grounding: kept,
             **self._pictures(kept, outlined, opacity),
             self.table: views.grounding_table(found.regions, domain),
-            self.box: "none: the map is flat" if found.box is None else "x {} to {}, y {} to {}".format(
-                found.box[0], found.box[2], found.box[1], found.box[3]
-            ),
+            self.box: _box_text(found.box),
             self.warnings: gr.update(value="\n".join(found.warnings), visible=bool(found.warnings)),
         }
 
@@ -147,6 +145,10 @@ class GroundTab:
             self.picture: views.shown_grounding(kept, look),
             self.legend: views.legend(kept.outlines, look, kept.domain, of="on this image"),
         }
+
+
+def _box_text(box: tuple[int, int, int, int] | None) -> str:
+    return "none: the map is flat" if box is None else f"x {box[0]} to {box[2]}, y {box[1]} to {box[3]}"
 
 
 def example_phrase(domain: str) -> str:

@@ -1,4 +1,4 @@
-"""Menus beside the prompt: choosing writes the prompt, leaving the prompt sets the menus. The prompt stays the truth."""
+"""Menus beside the prompt: choosing writes the prompt, leaving the prompt sets the menus; the prompt decides."""
 
 from collections.abc import Sequence
 from typing import Any

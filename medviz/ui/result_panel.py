@@ -20,8 +20,8 @@ LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 _EXPLANATION = (
     "A *reward* is what the aligned model was trained to raise, so a rise in it proves little. A *judge* is a separate "
-    "network that training never saw. *Share* is the part of the word's attention that fell inside a region; *contrast* "
-    "compares the mean inside with the mean outside, in units of their spread."
+    "network that training never saw. *Share* is the part of the word's attention inside a region; *contrast* is the "
+    "mean inside less the mean outside, in units of their spread."
 )
 
 
@@ -116,7 +116,7 @@ class ResultPanel:
         if pair is None:
             updates: Updates = dict.fromkeys(self.outputs, None)
             updates |= {component: gr.update(value=None, interactive=False) for component in self.downloads}
-            updates |= {component: "" for component in (self.difference_note, self.legend, self.shown)}
+            updates |= dict.fromkeys((self.difference_note, self.legend, self.shown), "")
             updates |= {self.region_table: "", self.score_table: "", self.progress: views.status(text)}
             updates[self.words] = gr.update(choices=[views.NO_WORD], value=views.NO_WORD)
             updates[self.warnings] = gr.update(value="", visible=False)

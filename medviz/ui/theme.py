@@ -40,8 +40,7 @@ def theme() -> gr.Theme:
     )
 
 
-CSS = (
-    """
+CSS = """
 .gradio-container { max-width: 1360px !important; }
 #mv-title h1 { font-size: 1.45rem; font-weight: 600; margin: 0; }
 #mv-title p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }
@@ -84,4 +83,3 @@ CSS = (
   .mv-table th, .mv-table td { padding: .3rem .3rem; font-size: .82rem; }
 }
 """.replace("WELL", WELL).replace("VIRIDIS", ", ".join(VIRIDIS))
-)

@@ -135,12 +135,13 @@ def shrunk(grounding: Grounding) -> Grounding:
     if scale == 1.0:
         return grounding
     size = (max(1, round(grounding.image.width * scale)), max(1, round(grounding.image.height * scale)))
+    box = None if grounding.box is None else [round(value * scale) for value in grounding.box]
     return replace(
         grounding,
         image=grounding.image.resize(size, Image.Resampling.LANCZOS),
         heat_map=resized_map(grounding.heat_map, size),
         outlines={name: resized_mask(mask, size) for name, mask in grounding.outlines.items()},
-        box=None if grounding.box is None else tuple(round(value * scale) for value in grounding.box),
+        box=None if box is None else (box[0], box[1], box[2], box[3]),
     )
 
 
@@ -165,7 +166,9 @@ def grounding_table(regions: Sequence[Mapping[str, object]], domain: str) -> str
 
 def progress_bar(done: int, total: int, text: str) -> str:
     """Return a bar with a fixed text beside it."""
-    return f'<div class="mv-progress"><progress max="{total}" value="{done}"></progress><span>{_escape(text)}</span></div>'
+    return (
+        f'<div class="mv-progress"><progress max="{total}" value="{done}"></progress><span>{_escape(text)}</span></div>'
+    )
 
 
 def status(text: str) -> str:

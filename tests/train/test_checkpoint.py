@@ -190,3 +190,36 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
     with pytest.raises(ModelError, match="format 99, this program reads 1"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.xfail(reason="the old folder of the same step is removed before the new one is renamed")
+def test_saving_a_step_again_never_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(tmp_path, 1, state(2))
+    assert checkpoint.load(tmp_path)[0] == 1
+
+
+@pytest.mark.xfail(reason="AttributeError, KeyError or FileNotFoundError instead of ModelError")
+@pytest.mark.parametrize("content", ["[]", '{"format_version": 1, "step": 4}', '{"format_version": 1, "files": {}}'])
+def test_a_manifest_that_lacks_its_files_is_an_error_with_a_name(tmp_path: Path, content: str) -> None:
+    place = checkpoint.save(tmp_path, 4, state(4))
+    (place / "manifest.json").write_text(content)
+    (place / "tensors.safetensors").unlink()
+    with pytest.raises(ModelError, match="checkpoint-00000004"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.xfail(reason="keys are joined with a slash that a key may hold, and 1 and '1' become one")
+@pytest.mark.parametrize("keys", [("a/b", "a"), (1, "1")])
+def test_tensors_under_keys_that_look_alike_stay_apart(tmp_path: Path, keys: tuple[Any, Any]) -> None:
+    first, second = torch.zeros(2), torch.ones(2)
+    nested = {keys[0]: first, keys[1]: {"b": second} if keys[1] == "a" else second}
+    checkpoint.save(tmp_path, 1, {"state": nested})
+    loaded = checkpoint.load(tmp_path)[1]["state"]
+    assert torch.equal(loaded[keys[0]], first)

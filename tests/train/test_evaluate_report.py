@@ -76,9 +76,7 @@ def test_section_shows_headline_figures_with_intervals_and_n() -> None:
 
 def test_what_was_not_computed_says_so_and_text_cannot_break_the_table() -> None:
     line = next(line for line in section(report()).splitlines() if line.startswith("| Distance"))
-    assert line == (
-        "| Distance \\| of &lt;pictures> ↑ |  | not computed | not computed | × 0.9 [0.8, 1] | 0 |"
-    )
+    assert line == ("| Distance \\| of &lt;pictures> ↑ |  | not computed | not computed | × 0.9 [0.8, 1] | 0 |")
     assert estimate_text(None) == estimate_text({"value": None}) == "not computed"
     assert estimate_text({"value": 12.3456, "low": None, "high": None}) == "12.3"
 

@@ -81,7 +81,6 @@ def test_forward_moves_to_good_images_from_bad_ones_and_ignores_average_ones(bet
     towards = -(prediction.grad * (normal(9) - normal(0))).flatten(1).sum(1)
     assert towards[0] > 0
     assert towards[1] < 0
-    torch.testing.assert_close(towards[0] / (normal(9) - normal(0))[0].abs().mean() ** -1 > 0, torch.tensor(True))
     assert prediction.grad[2].abs().max() < 1e-7
 
 

@@ -1,5 +1,6 @@
 """Images: untrusted files become 8-bit RGB or an InputError; tensors and PNG keep every pixel."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -176,15 +177,16 @@ def test_float_images_are_scaled_from_their_own_range_and_must_be_numbers() -> N
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF"]), st.integers(0, 10**6), st.binary(min_size=1, max_size=4))
+@given(
+    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF"]), st.integers(0, 10**6), st.binary(min_size=1, max_size=4)
+)
 def test_a_damaged_file_never_fails_in_another_way(form: str, place: int, patch: bytes) -> None:
     content = bytearray(encoded(noise(), form))
     start = place % len(content)
     content[start : start + len(patch)] = patch
-    try:
+    # Any exception but InputError fails the test.
+    with contextlib.suppress(InputError):
         assert decode_image(bytes(content)).mode == "RGB"
-    except InputError as error:
-        assert str(error)
 
 
 def test_fit_square_keeps_the_centre_and_stretches_nothing() -> None:

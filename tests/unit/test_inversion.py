@@ -15,8 +15,13 @@ PROMPT = "a dermoscopic image with melanoma (MEL) showing hair"
 
 
 def make(prediction_type: str) -> StableDiffusionPipeline:
-    parts = {**tiny.make_pipeline("dermatology").components}
-    parts["scheduler"] = DDIMScheduler(
+    """A pipeline with latents of about unit variance and a prediction that is smooth, as a trained one's is."""
+    pipeline = tiny.make_pipeline("dermatology")
+    pipeline.vae.register_to_config(scaling_factor=14.0)
+    with torch.no_grad():
+        for parameter in pipeline.unet.conv_out.parameters():
+            parameter.mul_(0.1)
+    scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -24,7 +29,7 @@ def make(prediction_type: str) -> StableDiffusionPipeline:
         steps_offset=1,
         clip_sample=False,
     )
-    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    return StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
 
 
 @pytest.fixture(scope="module", params=["v_prediction", "epsilon"])
@@ -43,20 +48,20 @@ def distance(pipeline: StableDiffusionPipeline, inversion: Inversion) -> float:
 
 
 def test_an_inverted_image_comes_back(pipeline: StableDiffusionPipeline, images: torch.Tensor) -> None:
-    inversion = invert(pipeline, images, 40)
+    inversion = invert(pipeline, images, 6, refinements=3)
     assert torch.equal(inversion.latents[0], encode_image(pipeline, images))
-    assert inversion.timesteps[0] == 0 and inversion.timesteps[-1] == 999
-    assert len(inversion.latents) == len(inversion.timesteps) == 41
-    assert distance(pipeline, inversion) < 0.1
+    assert inversion.timesteps == (0, 166, 333, 500, 666, 832, 999)
+    assert len(inversion.latents) == 7
+    assert distance(pipeline, inversion) < 0.03
 
 
-def test_more_steps_and_refinements_bring_it_back_closer(
+def test_more_steps_or_refinements_bring_it_back_closer(
     pipeline: StableDiffusionPipeline, images: torch.Tensor
 ) -> None:
-    coarse = distance(pipeline, invert(pipeline, images[:1], 10))
-    fine = distance(pipeline, invert(pipeline, images[:1], 40))
-    refined = distance(pipeline, invert(pipeline, images[:1], 10, refinements=3))
-    assert fine < coarse and refined < 0.5 * coarse
+    coarse, fine = (distance(pipeline, invert(pipeline, images[:1], steps)) for steps in (5, 10))
+    refined = distance(pipeline, invert(pipeline, images[:1], 5, refinements=3))
+    assert fine < 0.7 * coarse
+    assert refined < 0.2 * coarse
 
 
 def test_inversion_is_deterministic_and_by_image(pipeline: StableDiffusionPipeline, images: torch.Tensor) -> None:
@@ -93,7 +98,7 @@ def test_attention_of_each_image_is_its_own(
 ) -> None:
     both = attention_on_image(pipeline, images, [PROMPT, "nevus"], method=method, steps=10)
     alone = attention_on_image(pipeline, images[1], "nevus", method=method, steps=10)
-    assert both.samples == 2 and alone.samples == 1
+    assert (both.samples, alone.samples) == (2, 1)
     np.testing.assert_allclose(both.heat([1], (64, 64), sample=1), alone.heat([1], (64, 64)), rtol=1e-3, atol=1e-6)
     assert np.abs(both.heat([1], (64, 64)) - both.heat([1], (64, 64), sample=1)).max() > 1e-5
 
@@ -131,7 +136,7 @@ def test_cancelling_leaves_no_hook(pipeline: StableDiffusionPipeline, images: to
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"method": "guess"}, "allowed: inversion, one_step"),
         ({"prompts": [PROMPT]}, "2 images"),

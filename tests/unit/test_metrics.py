@@ -84,17 +84,17 @@ def test_auroc_counts_pairs_and_half_of_ties() -> None:
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_without_a_region_there_is_no_figure(figure) -> None:  # noqa: ANN001
+def test_without_a_region_there_is_no_figure(figure) -> None:
     assert math.isnan(figure(HEAT, NOWHERE))
 
 
 @pytest.mark.parametrize("figure", [metrics.cnr, metrics.abs_cnr, metrics.pixel_auroc])
-def test_without_an_outside_there_is_no_contrast(figure) -> None:  # noqa: ANN001
+def test_without_an_outside_there_is_no_contrast(figure) -> None:
     assert math.isnan(figure(HEAT, EVERYWHERE))
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_bad_input_is_refused(figure) -> None:  # noqa: ANN001
+def test_bad_input_is_refused(figure) -> None:
     with pytest.raises(InputError, match=r"\(2, 3\) and \(3, 2\)"):
         figure(HEAT, REGION.T)
     with pytest.raises(InputError, match="finite"):
@@ -104,5 +104,5 @@ def test_bad_input_is_refused(figure) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_tensors_and_masks_of_integers_are_understood(figure) -> None:  # noqa: ANN001
+def test_tensors_and_masks_of_integers_are_understood(figure) -> None:
     assert figure(torch.tensor(HEAT), torch.tensor(REGION).long()) == pytest.approx(figure(HEAT, REGION))

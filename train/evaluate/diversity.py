@@ -33,9 +33,7 @@ def per_prompt_distance(features: np.ndarray, prompts: Sequence[str]) -> dict[st
     return distances
 
 
-def paired_distances(
-    aligned: dict[str, float], baseline: dict[str, float]
-) -> tuple[np.ndarray, np.ndarray]:
+def paired_distances(aligned: dict[str, float], baseline: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
     """The distances of the prompts that both models were given, (P,) and (P,) in one order."""
     shared = [prompt for prompt in baseline if prompt in aligned]
     return (

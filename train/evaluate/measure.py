@@ -75,9 +75,7 @@ def alignment_figures(
     if subset and set(subset) <= set(heads):
         columns = [list(heads).index(head) for head in subset]
         named = ", ".join(labels.get(head, head).lower() for head in subset)
-        figures.append(
-            figure("apr", f"APR ({named}) by the {who}{where}", _all_right(columns), role == "judge", {})
-        )
+        figures.append(figure("apr", f"APR ({named}) by the {who}{where}", _all_right(columns), role == "judge", {}))
     figures.append(
         _paired(
             name=f"{role}_margin_{prompts}",

@@ -87,7 +87,7 @@ def _basis(report: Mapping[str, Any]) -> str:
 
 def _row(figure: Mapping[str, Any], adapter: str | None) -> tuple[str, ...]:
     mine = figure.get("adapters", {}).get(adapter) or {}
-    better = {True: " ↑", False: " ↓"}.get(figure.get("higher_is_better"), "")
+    better = "" if figure.get("higher_is_better") is None else " ↑" if figure["higher_is_better"] else " ↓"
     n = (figure.get("baseline") or mine.get("value") or {}).get("n")
     change = estimate_text(mine.get("change"))
     if figure.get("change_kind") == "ratio" and change != NOT_COMPUTED:

@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,26 @@ from tqdm import tqdm
 
 from medviz import __version__
 from medviz.audit.memorisation import held_out_threshold, nearest_similarity
-from medviz.domains import Domain, get_domain
+from medviz.domains import Domain, ParsedPrompt, get_domain
 from medviz.errors import InputError
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import FileRecord
-from medviz.rewards.attribute import attribute_reward
+from medviz.rewards.attribute import attribute_reward, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from train import seeding
 from train.config import StageConfig, read_recipe
+from train.datasets.latents import to_pixels
 from train.datasets.split import Split, open_split
-from train.evaluate.alignment import target_matrix
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
-from train.evaluate.features import BeforeHead, FeatureSpace, as_pixels, independent_space
+from train.evaluate.features import FeatureSpace, independent_space, judge_space
 from train.evaluate.figures import Figure
 from train.evaluate.generated import Request, caption_request, generate, grid_request, weights_digest
 from train.evaluate.measure import (
     BASELINE,
+    PromptSet,
     Readings,
+    Role,
     alignment_figures,
     diversity_figure,
     fidelity_figures,
@@ -108,21 +110,23 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     real = real_images(open_split(config.domain, config.split), domain, config.captions, size_px, config.seed)
     prompts = domain.validation_prompts()
     prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
-    grid = grid_request(prompts, config.seeds_per_prompt, config.steps, config.guidance_scale)
-    drawn_captions = caption_request(real.captions, config.seed, config.steps, config.guidance_scale)
-    pictures = {
-        kind: _draw(config, loaded, adapters, request, kind)
-        for kind, request in (("grid", grid), ("captions", drawn_captions))
+    requests: dict[PromptSet, Request] = {
+        "grid": grid_request(prompts, config.seeds_per_prompt, config.steps, config.guidance_scale),
+        "captions": caption_request(real.captions, config.seed, config.steps, config.guidance_scale),
     }
+    grid = requests["grid"]
+    pictures = {kind: _draw(config, loaded, adapters, request, kind) for kind, request in requests.items()}
     judge = AttributeClassifier.load(loaded.folder / "judge", config.device)
     reward = AttributeClassifier.load(loaded.folder / "rewards" / "attribute", config.device)
     labels = {head.name: head.label for head in domain.heads}
     figures: list[Figure] = []
-    for role, classifier in (("judge", judge), ("reward", reward)):
-        for kind, request in (("grid", grid), ("captions", drawn_captions)):
+    classifiers: dict[Role, AttributeClassifier] = {"judge": judge, "reward": reward}
+    for role, classifier in classifiers.items():
+        for kind, request in requests.items():
             figures += _alignment(config, domain, role, classifier, kind, request, pictures[kind], real, labels)
-    for index, space in enumerate(_spaces(loaded, judge, config.device)):
-        figures += _in_space(config, space, grid, pictures, real, size_px, independent=index == 0)
+    for space in (independent_space(loaded.folder, config.device), judge_space(judge)):
+        independent = space.name != "judge"
+        figures += _in_space(config, space, grid, pictures, real, size_px, independent=independent)
     sheet = _write_sheets(config, domain, prompts, adapters, pictures["grid"])
     report = _report(config, command, loaded, adapters, real, grid, figures, sheet)
     _write_report(config, report)
@@ -181,59 +185,50 @@ def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
     return {**({} if hub is None else hub.files), **loaded.manifest.files}
 
 
-def _spaces(loaded: LoadedDomain, judge: AttributeClassifier, device: str) -> tuple[FeatureSpace, FeatureSpace]:
-    """The independent feature space, then the judge's."""
-    pooled = BeforeHead(judge.model, judge.logits)
-    return independent_space(loaded.folder, device), FeatureSpace("judge", "pooled features of the judge", pooled)
-
-
 def _alignment(
     config: EvaluateConfig,
     domain: Domain,
-    role: Any,
+    role: Role,
     classifier: AttributeClassifier,
-    kind: Any,
+    kind: PromptSet,
     request: Request,
     pictures: Mapping[str, np.ndarray],
     real: RealImages,
     labels: Mapping[str, str],
 ) -> list[Figure]:
-    parsed = {prompt: domain.parse(prompt).targets for prompt in dict.fromkeys(request.prompts)}
-    targets = [parsed[prompt] for prompt in request.prompts]
-    read = {name: _read(classifier, images, targets, config.device) for name, images in pictures.items()}
+    once = {prompt: domain.parse(prompt) for prompt in dict.fromkeys(request.prompts)}
+    parsed = [once[prompt] for prompt in request.prompts]
+    read = {name: _read(classifier, images, parsed, config.device) for name, images in pictures.items()}
     return alignment_figures(
         role,
         kind,
         classifier.heads,
         labels,
         classifier.thresholds,
-        targets,
+        [prompt.targets for prompt in parsed],
         read,
-        real=_read(classifier, real.prompted, targets, config.device) if kind == "captions" else None,
+        real=_read(classifier, real.prompted, parsed, config.device) if kind == "captions" else None,
         subset=config.apr_heads,
     )
 
 
-def _read(
-    classifier: AttributeClassifier, images: np.ndarray, targets: list[Mapping[str, float]], device: str
-) -> Readings:
-    logits = []
+def _read(classifier: AttributeClassifier, images: np.ndarray, parsed: Sequence[ParsedPrompt], device: str) -> Readings:
+    targets, mask = prompt_targets(parsed, classifier.heads)
+    probabilities, margins = [], []
     with torch.inference_mode():
         for start in range(0, len(images), 64):
-            logits.append(classifier.logits(as_pixels(images[start : start + 64]).to(device)).float().cpu())
-    joined = torch.cat(logits)
-    wanted = torch.from_numpy(target_matrix(targets, classifier.heads)).float()
-    decided = ~wanted.isnan()
-    margins = attribute_reward(joined, wanted.nan_to_num(), decided.float())
-    margins = torch.where(decided.any(dim=1), margins, torch.full_like(margins, torch.nan))
-    return Readings(torch.sigmoid(joined).numpy().astype(np.float64), margins.numpy().astype(np.float64))
+            rows = slice(start, start + 64)
+            logits = classifier.logits(to_pixels(images[rows]).to(device)).cpu()
+            probabilities.append(torch.sigmoid(logits.double()))
+            margins.append(attribute_reward(logits, targets[rows], mask[rows], thresholds=classifier.thresholds))
+    return Readings(torch.cat(probabilities).numpy(), torch.cat(margins).double().numpy())
 
 
 def _in_space(
     config: EvaluateConfig,
     space: FeatureSpace,
     grid: Request,
-    pictures: Mapping[str, Mapping[str, np.ndarray]],
+    pictures: Mapping[PromptSet, Mapping[str, np.ndarray]],
     real: RealImages,
     size_px: int,
     *,

@@ -56,9 +56,7 @@ def paired_difference(
     return mean_interval(aligned.astype(np.float64) - baseline.astype(np.float64), seed=seed, resamples=resamples)
 
 
-def paired_ratio(
-    aligned: np.ndarray, baseline: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
-) -> Estimate:
+def paired_ratio(aligned: np.ndarray, baseline: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """mean(aligned) / mean(baseline) over the pairs (N,) in which both were computed, resampled by pair.
 
     Raises ValueError if the two arrays do not have the same shape.
@@ -72,9 +70,7 @@ def paired_ratio(
     return _bootstrapped((above, below), _ratio_of_means, seed=seed, resamples=resamples)
 
 
-def half_sample_interval(
-    value: float, half_values: np.ndarray, n: int, *, confidence: float = CONFIDENCE
-) -> Estimate:
+def half_sample_interval(value: float, half_values: np.ndarray, n: int, *, confidence: float = CONFIDENCE) -> Estimate:
     """Interval of a statistic of two samples from its values on random halves of both samples.
 
     Half-samples without replacement are the delete-d jackknife at d = n/2, whose scale factor sqrt((n - d) / d) is 1:

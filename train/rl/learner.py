@@ -8,9 +8,9 @@ diversity, is the one exported.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from medviz.domains.base import Domain
+from medviz.domains.base import Domain, ParsedPrompt
 from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import decode, noise_pred, sample
 from medviz.models.adapters import save_lora, using_adapter
@@ -31,8 +31,8 @@ from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
 from train.rl.policy import Policy
 from train.rl.prompts import invented_prompts, prompt_table
 from train.rl.recipe import RlConfig, check
-from train.rl.rollout import Reward, Rewards, Rollout, latent_seeds, replay_step, roll_out, score
-from train.rl.safeguards import Anchor, Evaluation, Judge, Watch, diversity
+from train.rl.rollout import Rollout, latent_seeds, replay_step, roll_out
+from train.rl.safeguards import Anchor, Evaluation, Judge, Opinion, Scorer, Watch, diversity
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,14 @@ RATIO_TOLERANCE = 1e-3
 
 Replayed = Callable[[np.ndarray, Rollout, torch.Tensor], Losses]
 """(rows of the rollout, the rollout, their advantages) -> their losses at one timestep each."""
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """The rewards of N images: values float64 (N,), valid bool (N,), False where the reward failed."""
+
+    values: np.ndarray
+    valid: np.ndarray
 
 
 class RlLearner:
@@ -50,14 +58,14 @@ class RlLearner:
         config: RlConfig,
         pipeline: StableDiffusionPipeline,
         domain: Domain,
-        reward: Reward,
+        scorer: Scorer,
         judge: Judge,
         anchor: Anchor | None = None,
     ) -> None:
         check(config)
         if anchor is None and config.anchor_weight > 0:
             raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
-        self.config, self.pipeline, self.reward, self.judge, self.anchor = config, pipeline, reward, judge, anchor
+        self.config, self.pipeline, self.scorer, self.judge, self.anchor = config, pipeline, scorer, judge, anchor
         self.objective = get_objective(config.objective)
         self.options = ObjectiveOptions(config.clip_range, config.beta, config.advantage_clip, config.kl_weight)
         self.policy = Policy(
@@ -167,18 +175,36 @@ class RlLearner:
     def _images(self, latents: torch.Tensor) -> torch.Tensor:
         return torch.cat([decode(self.pipeline, part).cpu() for part in latents.split(self.config.rollout_batch)])
 
-    def rewarded(self, rollout: Rollout) -> Rewards:
+    def rewarded(self, rollout: Rollout) -> Rewarded:
         """The reward of every image of `rollout`; failures are counted. Raises ModelError when none has a reward."""
         parsed = [self.table.parsed[i] for i in rollout.prompt_ids]
-        rewards = score(self.reward, self._images(rollout.latents), parsed)
-        self.failures += rewards.failures
-        if not rewards.valid.any():
+        rewarded = self._rewarded(self._images(rollout.latents), parsed)
+        self.failures += int((~rewarded.valid).sum())
+        if not rewarded.valid.any():
             raise ModelError(
-                f"none of the {len(rewards.valid)} images of this epoch could be rewarded; see the warnings above"
+                f"none of the {len(rewarded.valid)} images of this epoch could be rewarded; see the warnings above"
             )
-        return rewards
+        return rewarded
 
-    def learn(self, step: int, rollout: Rollout, rewards: Rewards) -> dict[str, float]:
+    def _rewarded(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Rewarded:
+        batch, device = self.config.rollout_batch, self.table.cond.device
+        starts = range(0, len(images), batch)
+        parts = [self.scorer(images[s : s + batch].to(device), parsed[s : s + batch]) for s in starts]
+        values, valid = torch.cat([p.values for p in parts]), torch.cat([p.valid for p in parts])
+        return Rewarded(values.double().cpu().numpy(), valid.cpu().numpy())
+
+    def _opinion(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:
+        batch, device = self.config.rollout_batch, self.table.cond.device
+        starts = range(0, len(images), batch)
+        with torch.no_grad():
+            parts = [self.judge(images[s : s + batch].to(device), parsed[s : s + batch]) for s in starts]
+        return Opinion(
+            torch.cat([p.score for p in parts]).cpu(),
+            torch.cat([p.accuracy for p in parts]).cpu(),
+            torch.cat([p.features for p in parts]).cpu(),
+        )
+
+    def learn(self, step: int, rollout: Rollout, rewards: Rewarded) -> dict[str, float]:
         """The optimiser steps of epoch `step` on `rollout`; returns what to log."""
         config = self.config
         advantages = self.objective.advantages(
@@ -210,7 +236,7 @@ class RlLearner:
         return {name: float(np.mean(figures)) for name, figures in sums.items()} | {
             "reward": float(valid.mean()),
             "reward_std": float(valid.std()),
-            "reward_failures": float(rewards.failures),
+            "reward_failures": float((~rewards.valid).sum()),
             "zero_variance_groups": advantages.zero_variance,
         }
 
@@ -294,8 +320,7 @@ class RlLearner:
         with self._counted("evaluation"), using_adapter(self.pipeline.unet, self.policy.behaviour if epoch else None):
             images = self._images(self._sample(prompt_ids, seeds, config.evaluation_steps))
         parsed = [self.table.parsed[i] for i in prompt_ids]
-        rewards = score(self.reward, images, parsed)
-        opinion = self.judge(images, parsed)
+        rewards, opinion = self._rewarded(images, parsed), self._opinion(images, parsed)
         evaluation = Evaluation(
             epoch=epoch,
             rewards=tuple(rewards.values[rewards.valid].tolist()),

@@ -1,4 +1,4 @@
-"""Images drawn from the policy, their rewards, and the same steps seen again.
+"""Images drawn from the policy, and the same steps seen again.
 
 One rollout and one replay serve every objective. The reverse process is rolled out by stochastic DDIM with its latents
 and log-probabilities kept; the forward process needs only the clean latents that any solver drew. Guidance is computed
@@ -6,27 +6,18 @@ by `medviz.generation.sampling.noise_pred` in both, with the same scale and the 
 stays in eval mode, so dropout is off in both.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from medviz.domains.base import ParsedPrompt
-from medviz.errors import InputError, MedvizError
+from medviz.errors import InputError
 from medviz.generation.sampling import PromptEmbeds, initial_latents, noise_pred
 from train import seeding
 from train.rl.log_prob import DdimSchedule, DdimStep, ddim_step
 from train.rl.prompts import PromptTable
-
-logger = logging.getLogger(__name__)
-
-Reward = Callable[[torch.Tensor, Sequence[ParsedPrompt]], torch.Tensor]
-"""(images (B, 3, H, W) in [-1, 1], their prompts) -> rewards (B,)."""
-
-REWARD_FAILURES = (MedvizError, ValueError, ArithmeticError, LookupError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -116,42 +107,3 @@ def replay_step(
     now, after = (rollout.chain[chosen, i].to(device) for i in (index, index + 1))
     embeds = table.embeds(rollout.prompt_ids[rows])
     return policy_step(unet, now, index, embeds, schedule, guidance_scale, prev_latents=after)
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """values float64 (N,), NaN where masked; valid bool (N,); failures: how many images are masked."""
-
-    values: np.ndarray
-    valid: np.ndarray
-
-    @property
-    def failures(self) -> int:
-        return int((~self.valid).sum())
-
-
-def score(reward: Reward, images: torch.Tensor, parsed: Sequence[ParsedPrompt], batch: int = 32) -> Rewards:
-    """The reward of each image (N, 3, H, W). An image whose reward raises or is not finite is masked and counted.
-
-    Where a batch raises, its images are scored one by one, so that one bad image costs no other its reward.
-    """
-    values = np.full(len(images), np.nan)
-    for start in range(0, len(images), batch):
-        rows = range(start, min(start + batch, len(images)))
-        if not _score_into(values, reward, images, parsed, rows):
-            for row in rows:
-                _score_into(values, reward, images, parsed, range(row, row + 1))
-    return Rewards(values, np.isfinite(values))
-
-
-def _score_into(
-    values: np.ndarray, reward: Reward, images: torch.Tensor, parsed: Sequence[ParsedPrompt], rows: range
-) -> bool:
-    part = slice(rows.start, rows.stop)
-    try:
-        with torch.no_grad():
-            values[part] = reward(images[part].clone(), parsed[part]).double().cpu().numpy()
-    except REWARD_FAILURES as error:
-        logger.warning("the reward of images %d to %d failed: %s", rows.start, rows.stop - 1, error)
-        return False
-    return True

@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError
+from medviz.rewards.registry import SafeRewards
 from train import seeding
 from train.diffusion import denoising_loss
 
@@ -28,6 +29,9 @@ class Opinion:
     accuracy: torch.Tensor
     features: torch.Tensor
 
+
+Scorer = Callable[[torch.Tensor, Sequence[ParsedPrompt]], SafeRewards]
+"""(images (B, 3, H, W) in [-1, 1], their prompts) -> their rewards, what could not be rewarded masked."""
 
 Judge = Callable[[torch.Tensor, Sequence[ParsedPrompt]], Opinion]
 """(images (B, 3, H, W) in [-1, 1], their prompts) -> its opinion of them."""

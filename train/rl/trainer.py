@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
-from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
-from medviz.rewards.classifier import AttributeClassifier
 
 from medviz.domains import get_domain
 from medviz.domains.base import Domain, ParsedPrompt
-from medviz.errors import ModelError
+from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import encode_prompts
+from medviz.grounding.anatomy import Segmenter
+from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
+from medviz.rewards.classifier import AttributeClassifier
+from medviz.rewards.registry import Drawn, SafeRewards, get_reward, safe_rewards
 from train.config import read_recipe
 from train.datasets.latents import split_latents
 from train.datasets.split import open_split
@@ -23,8 +25,7 @@ from train.diffusion import sample_weights
 from train.loop import fit
 from train.rl.learner import RlLearner
 from train.rl.recipe import RlConfig
-from train.rl.rollout import Reward
-from train.rl.safeguards import Anchor, Judge, Opinion
+from train.rl.safeguards import Anchor, Judge, Opinion, Scorer
 
 
 def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
@@ -37,27 +38,40 @@ def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
+    # Channels last: a sixth faster on a CPU.
+    pipeline.unet.to(memory_format=torch.channels_last)
     return pipeline.to(device)
 
 
-def attribute_scorer(classifier: AttributeClassifier) -> Reward:
-    """The continuous attribute reward of `classifier`: mean clamped logit margin of what was asked, in [-1, 1]."""
+def open_scorer(config: RlConfig) -> Scorer:
+    """The recipe's reward, with the networks it looks through."""
+    reward = get_reward(config.reward_function)
+    classifier = AttributeClassifier.load(config.reward, config.device)
+    segmenter = Segmenter.load(config.segmenter, config.device) if config.segmenter else None
 
-    def reward(images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> torch.Tensor:
-        targets, mask = prompt_targets(parsed, classifier.heads)
-        return attribute_reward(classifier.logits(images), targets, mask)
+    def scorer(images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> SafeRewards:
+        return safe_rewards(reward, Drawn(images, tuple(parsed), classifier, segmenter))
 
-    return reward
+    return scorer
 
 
-def attribute_judge(classifier: AttributeClassifier) -> Judge:
-    """What `classifier` says of images as the held-out judge; it compares them in its own feature space."""
+def open_judge(config: RlConfig) -> Judge:
+    """The held-out classifier's opinion of images; it compares them in its own feature space.
+
+    Raises InputError when the judge and the reward are one folder: a judge that was trained on judges nothing.
+    """
+    if Path(config.judge).resolve() == Path(config.reward).resolve():
+        raise InputError(
+            f"the judge is the reward network itself ({config.judge}); it must be one that is not trained on"
+        )
+    classifier = AttributeClassifier.load(config.judge, config.device)
 
     def judge(images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:
         targets, mask = prompt_targets(parsed, classifier.heads)
         logits = classifier.logits(images)
         accuracy = prompt_accuracy(logits, targets, mask, classifier.thresholds)
-        return Opinion(attribute_reward(logits, targets, mask), accuracy, classifier.features(images))
+        margin = attribute_reward(logits, targets, mask, thresholds=classifier.thresholds)
+        return Opinion(margin, accuracy, classifier.features(images))
 
     return judge
 
@@ -82,7 +96,5 @@ def main(arguments: list[str]) -> None:
     config = read_recipe(arguments[0], RlConfig, arguments[1:])
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
-    reward = AttributeClassifier.load(config.reward, config.device)
-    judge = AttributeClassifier.load(config.judge, config.device)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
-    fit(RlLearner(config, pipeline, domain, attribute_scorer(reward), attribute_judge(judge), anchor), config)
+    fit(RlLearner(config, pipeline, domain, open_scorer(config), open_judge(config), anchor), config)

@@ -1,0 +1,1 @@
+"""What a drawn image is worth: attribute, diagnosis and anatomy rewards, and the held-out judge beside them."""

@@ -1,0 +1,142 @@
+"""The rewards a generator can be aligned with: one function and one entry in REWARDS each, all of one signature."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from medviz.domains.base import ParsedPrompt
+from medviz.errors import InputError, MedvizError
+from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_targets
+from medviz.rewards.classifier import AttributeClassifier
+
+logger = logging.getLogger(__name__)
+
+
+class AnatomyNetwork(Protocol):
+    """What the anatomy reward needs of a segmenter."""
+
+    classes: tuple[str, ...]
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; class 0 is the background."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """B images and what a reward may look at beside them.
+
+    images: (B, 3, H, W) in [-1, 1]. prompts: what was asked of each. classifier: the reward network, never the judge.
+    anatomy: the segmenter, for rewards that need it.
+    """
+
+    images: torch.Tensor
+    prompts: tuple[ParsedPrompt, ...]
+    classifier: AttributeClassifier
+    anatomy: AnatomyNetwork | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def one(self, index: int) -> "Drawn":
+        """The image at `index` alone."""
+        return replace(self, images=self.images[index : index + 1], prompts=self.prompts[index : index + 1])
+
+
+RewardFunction = Callable[[Drawn], torch.Tensor]
+"""Drawn -> rewards (B,), higher is better; NaN where an image cannot be rewarded."""
+
+
+def attribute(drawn: Drawn) -> torch.Tensor:
+    """The continuous attribute reward, in [-1, 1]."""
+    targets, mask = prompt_targets(drawn.prompts, drawn.classifier.heads)
+    return attribute_reward(
+        drawn.classifier.logits(drawn.images), targets, mask, thresholds=drawn.classifier.thresholds
+    )
+
+
+def attribute_paper(drawn: Drawn) -> torch.Tensor:
+    """The attribute reward of RL4Med-DDPO (arXiv 2503.15784), in [0, 1] with few levels."""
+    targets, mask = prompt_targets(drawn.prompts, drawn.classifier.heads)
+    return attribute_reward_paper(drawn.classifier.logits(drawn.images), targets, mask, drawn.classifier.thresholds)
+
+
+def anatomy(drawn: Drawn) -> torch.Tensor:
+    """How surely the image holds each structure the segmenter knows, in [-1, 1]; needs no word of the prompt.
+
+    Mean, over the structures, of the mean probability inside the structure's own mask; 0 for one that is not there.
+    Raises InputError without a segmenter.
+    """
+    if drawn.anatomy is None:
+        raise InputError("the anatomy reward needs a segmenter")
+    probabilities = drawn.anatomy.probabilities(drawn.images)
+    inside = torch.nn.functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).movedim(-1, 1)
+    sure = (probabilities * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1)
+    return 2.0 * sure[:, 1:].mean(dim=1) - 1.0
+
+
+REWARDS: Mapping[str, RewardFunction] = {
+    "attribute": attribute,
+    "attribute_paper": attribute_paper,
+    "anatomy": anatomy,
+}
+
+
+def get_reward(name: str) -> RewardFunction:
+    """The reward called `name`. Raises InputError naming the rewards there are."""
+    if name not in REWARDS:
+        raise InputError(f"unknown reward {name!r}; allowed: {', '.join(REWARDS)}")
+    return REWARDS[name]
+
+
+@dataclass(frozen=True)
+class SafeRewards:
+    """values float32 (B,), 0 where not valid; valid bool (B,); failures: what went wrong, each message once."""
+
+    values: torch.Tensor
+    valid: torch.Tensor
+    failures: tuple[str, ...]
+
+
+# What a reward may raise on an image it cannot read. Anything else (no memory, an interrupt) ends the run.
+_FAILURES = (MedvizError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def safe_rewards(reward: RewardFunction, drawn: Drawn) -> SafeRewards:
+    """The rewards of a batch, without gradients; an image on which `reward` raises or is not finite is masked.
+
+    Where the batch as a whole raises, its images are tried one by one, so that one bad image costs no other its reward.
+    """
+    with torch.no_grad():
+        try:
+            values, failures = _rewarded(reward, drawn), []
+        except _FAILURES as error:
+            values, failures = _one_by_one(reward, drawn) if len(drawn) > 1 else (_nothing(drawn), [repr(error)])
+    valid = torch.isfinite(values)
+    if not bool(valid.all()):
+        failures = failures or ["the reward is not a finite number"]
+        logger.warning("%d of %d images have no reward: %s", int((~valid).sum()), len(drawn), "; ".join(failures))
+    return SafeRewards(torch.where(valid, values, torch.zeros_like(values)), valid, tuple(dict.fromkeys(failures)))
+
+
+def _rewarded(reward: RewardFunction, drawn: Drawn) -> torch.Tensor:
+    values = reward(drawn).detach().float()
+    if values.shape != (len(drawn),):
+        raise ValueError(f"a reward must have the shape ({len(drawn)},), got {tuple(values.shape)}")
+    return values
+
+
+def _one_by_one(reward: RewardFunction, drawn: Drawn) -> tuple[torch.Tensor, list[str]]:
+    values, failures = _nothing(drawn), []
+    for index in range(len(drawn)):
+        try:
+            values[index] = _rewarded(reward, drawn.one(index))[0]
+        except _FAILURES as error:
+            failures.append(repr(error))
+    return values, failures
+
+
+def _nothing(drawn: Drawn) -> torch.Tensor:
+    return torch.full((len(drawn),), float("nan"), device=drawn.images.device)

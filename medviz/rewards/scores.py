@@ -1,0 +1,99 @@
+"""What reward and judge say of one image or of a pair, as rows to be read by a person."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from medviz.domains.base import Domain, ParsedPrompt
+from medviz.errors import InputError
+from medviz.images import to_tensor
+from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
+from medviz.rewards.classifier import AttributeClassifier
+
+JUDGE = "judge"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of one classifier.
+
+    name: what it measures. role: whether the classifier took part in alignment ("reward") or was held out ("judge").
+    baseline, aligned: of the two images; of a single image it stands under `baseline` and `aligned` is None. None also
+    where the prompt asks for nothing the classifier knows.
+    """
+
+    name: str
+    role: Literal["reward", "judge"]
+    baseline: float | None
+    aligned: float | None
+    higher_is_better: bool = True
+
+
+def score_images(
+    classifiers: Mapping[str, AttributeClassifier],
+    domain: Domain,
+    parsed: ParsedPrompt,
+    images: Sequence[Image.Image | torch.Tensor],
+) -> list[Score]:
+    """Score one image, or a pair (baseline, aligned), against a prompt.
+
+    classifiers: role -> network; "judge" is the judge, every other name a reward. images: PIL, or tensors (3, H, W) in
+    [-1, 1]. A classifier gives the share of what was asked that it finds as asked, the mean margin in [-1, 1], and the
+    probability of every head the prompt decides; of heads that exclude each other only the one asked for. Rewards come
+    first. Raises InputError unless there are one or two images.
+    """
+    if len(images) not in (1, 2):
+        raise InputError(f"one image or a pair can be scored, got {len(images)}")
+    pixels = [image if isinstance(image, torch.Tensor) else to_tensor(image) for image in images]
+    ordered = sorted(classifiers.items(), key=lambda item: item[0] == JUDGE)
+    return [
+        score
+        for role, classifier in ordered
+        for score in _scores(JUDGE if role == JUDGE else "reward", classifier, domain, parsed, pixels)
+    ]
+
+
+def score_pair(
+    classifiers: Mapping[str, AttributeClassifier],
+    domain: Domain,
+    parsed: ParsedPrompt,
+    baseline: Image.Image | torch.Tensor,
+    aligned: Image.Image | torch.Tensor,
+) -> list[Score]:
+    """Score a baseline image and the aligned one of the same noise; see `score_images`."""
+    return score_images(classifiers, domain, parsed, [baseline, aligned])
+
+
+def _scores(
+    role: Literal["reward", "judge"],
+    classifier: AttributeClassifier,
+    domain: Domain,
+    parsed: ParsedPrompt,
+    pixels: Sequence[torch.Tensor],
+) -> list[Score]:
+    with torch.no_grad():
+        # The two may differ in size, so they are not stacked.
+        logits = torch.cat([classifier.logits(image[None]) for image in pixels]).cpu()
+    targets, mask = prompt_targets([parsed] * len(pixels), classifier.heads)
+    thresholds = classifier.thresholds
+    rows = {
+        "Prompt accuracy": prompt_accuracy(logits, targets, mask, thresholds),
+        "Attribute margin": attribute_reward(logits, targets, mask, thresholds=thresholds),
+    }
+    asked = {head for head, target in parsed.targets.items() if target >= 0.5}
+    for index, name in enumerate(classifier.heads):
+        head = domain.head(name)
+        if name in asked:
+            rows[head.label] = torch.sigmoid(logits[:, index])
+        elif name in parsed.targets and head.group is None:
+            rows[f"No {head.label.lower()}"] = torch.sigmoid(-logits[:, index])
+    return [Score(name, role, _figure(values, 0), _figure(values, 1)) for name, values in rows.items()]
+
+
+def _figure(values: torch.Tensor, index: int) -> float | None:
+    if index >= len(values) or not bool(torch.isfinite(values[index])):
+        return None
+    return float(values[index])

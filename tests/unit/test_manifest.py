@@ -1,0 +1,180 @@
+"""manifest.json knows every file of a model folder, and the card says what the manifest says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from medviz.errors import ModelError
+from medviz.models.card import CARD_NAME, model_card, write_card
+from medviz.models.manifest import FORMAT_VERSION, FileRecord, HubSource, read_manifest, verify, write_manifest
+
+FIELDS = {
+    "domain": "dermatology",
+    "preset": "cpu",
+    "recipe": {"stage": "diffusion", "optimiser": {"lr": 1e-4}},
+    "data": [{"source": "HAM10000 | part 1", "licence": "CC BY-NC-SA 4.0", "citation": "Tschandl <2018>"}],
+    "training_cost": {"hours": 2.5},
+    "seeds": {"diffusion": 7},
+    "metrics": {"kid": {"value": 0.0123, "low": 0.011, "high": 0.014, "n": 2000}, "fid": None},
+    "default_adapter": "attribute",
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    contents = {
+        "model_index.json": "{}",
+        "unet/config.json": "{}",
+        "unet/diffusion_pytorch_model.safetensors": "weights",
+        "adapters/attribute/adapter.json": '{"kind": "lora", "title": "Attribute reward"}',
+        "adapters/attribute/pytorch_lora_weights.safetensors": "lora",
+    }
+    for name, text in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    written = write_manifest(folder, FIELDS)
+    found = read_manifest(folder)
+    assert found == written
+    assert found.format_version == FORMAT_VERSION
+    assert found.metrics == FIELDS["metrics"]
+    assert found.adapters == {"attribute": {"kind": "lora", "title": "Attribute reward"}}
+    assert found.files["unet/diffusion_pytorch_model.safetensors"] == FileRecord(
+        sha256=hashlib.sha256(b"weights").hexdigest(), bytes=7
+    )
+    assert len(found.files) == 5
+    verify(folder, found)
+
+
+def test_the_same_folder_gives_the_same_manifest_and_leaves_nothing_beside_it(folder: Path) -> None:
+    write_manifest(folder, FIELDS)
+    first = (folder / "manifest.json").read_bytes()
+    write_manifest(folder, FIELDS)
+    assert (folder / "manifest.json").read_bytes() == first
+    assert not list(folder.glob(".*"))
+
+
+def test_one_byte_anywhere_changes_the_identity_of_the_models(folder: Path) -> None:
+    before = write_manifest(folder, FIELDS).sha256
+    (folder / "unet/config.json").write_text("[]")
+    assert write_manifest(folder, FIELDS).sha256 != before
+
+
+def test_a_failed_write_keeps_the_old_manifest(folder: Path) -> None:
+    write_manifest(folder, FIELDS)
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(ModelError, match="JSON"):
+        write_manifest(folder, {**FIELDS, "metrics": {"kid": float("nan")}})
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_a_card_and_hidden_files_are_no_part_of_the_models(folder: Path) -> None:
+    manifest = write_manifest(folder, FIELDS)
+    (folder / "README.md").write_text("card")
+    (folder / ".gitattributes").write_text("")
+    verify(folder, manifest)
+
+
+@pytest.mark.parametrize("name", ["unet/extra.safetensors", "unet/notes.txt", "config.json"])
+def test_a_file_that_is_not_listed_is_refused(folder: Path, name: str) -> None:
+    manifest = write_manifest(folder, FIELDS)
+    (folder / name).write_text("{}")
+    with pytest.raises(ModelError, match=f"{name} is not listed"):
+        verify(folder, manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": "red"}, "unknown manifest fields colour"),
+        ({"domain": "../dermatology"}, "allowed"),
+        ({"domain": None}, "allowed"),
+        ({"default_adapter": "anatomy"}, "'anatomy' is not among the adapters \\(attribute\\)"),
+        ({"adapters": {"none": {}}, "default_adapter": None}, "'none'"),
+        ({"adapters": {"a/b": {}}, "default_adapter": None}, "'a/b'"),
+    ],
+)
+def test_fields_that_cannot_be_right_are_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        write_manifest(folder, {**FIELDS, **change})
+    assert not (folder / "manifest.json").exists()
+
+
+def hub(**change: object) -> dict[str, object]:
+    record = {"sha256": "0" * 64, "bytes": 1}
+    source = {"repo_id": "org/base", "revision": COMMIT, "files": {"model_index.json": record}}
+    return {**FIELDS, "hub": {**source, **change}}
+
+
+def test_a_hub_model_is_pinned_to_a_commit_and_to_its_files(folder: Path) -> None:
+    write_manifest(folder, hub())
+    found = read_manifest(folder)
+    assert found.hub == HubSource("org/base", COMMIT, {"model_index.json": FileRecord("0" * 64, 1)})
+    assert COMMIT in model_card(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"revision": "main"}, "pinned to a commit"),
+        ({"revision": None}, "pinned to a commit"),
+        ({"revision": COMMIT[:7]}, "pinned to a commit"),
+        ({"files": {}}, "hub.files"),
+        ({"files": {"unet/diffusion_pytorch_model.bin": {"sha256": "0" * 64, "bytes": 1}}}, "never .bin"),
+        ({"files": {"../x.json": {"sha256": "0" * 64, "bytes": 1}}}, "no path inside"),
+    ],
+)
+def test_a_hub_model_that_is_not_pinned_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        write_manifest(folder, hub(**change))
+
+
+def test_the_card_says_what_the_manifest_says_and_nothing_is_left_open(folder: Path) -> None:
+    write_manifest(folder, FIELDS)
+    (folder / "judge").mkdir()
+    heads = {
+        "architecture": "ConvNextV2ForImageClassification",
+        "heads": ["hair", "ink"],
+        "trained_on": "half B of train by group",
+        "metrics": {"hair": {"auroc": 0.91, "ci": [0.89, 0.93], "accuracy": 0.85, "ece": 0.02, "n": 400}},
+    }
+    (folder / "judge" / "heads.json").write_text(json.dumps(heads))
+    assert write_card(folder) == folder / CARD_NAME
+    card = (folder / CARD_NAME).read_text()
+    assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n")
+    for line in (
+        "| kid | 0.0123 | 0.011 to 0.014 | 2000 |",
+        "| fid | not computed |  |  |",
+        "| `attribute` | Attribute reward | yes |",
+        "| recipe: optimiser.lr | 0.0001 |",
+        "| cost: hours | 2.5 |",
+        "| seed: diffusion | 7 |",
+        "| HAM10000 \\| part 1 | CC BY-NC-SA 4.0 | Tschandl &lt;2018&gt; |",
+        "| hair | 0.91 | 0.89 to 0.93 | 0.85 | 0.02 | 400 |",
+        "| ink | not computed | not computed | not computed | not computed | not computed |",
+        "half B of train by group",
+        "## Limits",
+    ):
+        assert line in card
+    assert read_manifest(folder).sha256 in card
+
+
+def test_the_card_reads_the_figures_of_an_evaluation(folder: Path) -> None:
+    figure = {
+        "name": "kid",
+        "label": "KID",
+        "real": None,
+        "baseline": {"value": 0.02, "low": 0.01, "high": 0.03, "n": 500},
+        "adapters": {"attribute": {"value": {"value": 0.015, "low": 0.01, "high": 0.02, "n": 500}, "change": None}},
+    }
+    card = model_card(write_manifest(folder, {**FIELDS, "metrics": {"figures": [figure]}}))
+    assert "| KID baseline | 0.02 | 0.01 to 0.03 | 500 |" in card
+    assert "| KID `attribute` | 0.015 | 0.01 to 0.02 | 500 |" in card
+    assert "| KID real | not computed |  |  |" in card
+    assert "| KID `attribute` against the baseline | not computed |  |  |" in card

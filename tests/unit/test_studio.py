@@ -1,0 +1,287 @@
+"""The use cases on tiny models: what is asked is checked first, drawn once, measured, and the same every time."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medviz import Cancelled, InputError, ModelError, Studio
+from medviz.limits import MAX_PROMPT_CHARS
+from medviz.models.adapters import zero_adapter
+from tests.tiny import ADAPTER, IMAGE_SIZE_PX
+
+PROMPTS = {
+    "dermatology": "a dermoscopic image with melanoma (MEL) showing hair, ruler",
+    "radiology": "a frontal chest X-ray of a woman, cardiomegaly, pleural effusion, PA view",
+}
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def studio(model_root: Path) -> Studio:
+    return Studio(model_root, device="cpu")
+
+
+@pytest.fixture(scope="module", params=sorted(PROMPTS))
+def pair(request: pytest.FixtureRequest, studio: Studio):
+    return studio.compare(request.param, PROMPTS[request.param], seed=1, steps=STEPS)
+
+
+def upload(width: int = 96, height: int = 64) -> Image.Image:
+    rows, columns = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([rows * 2, columns * 2, rows + columns], -1).astype(np.uint8))
+
+
+def test_a_pair_holds_two_different_images_of_the_models_size(pair) -> None:
+    sizes = {drawing.image.size for drawing in (pair.baseline, pair.aligned)}
+    assert sizes == {(IMAGE_SIZE_PX, IMAGE_SIZE_PX)}
+    assert pair.baseline.image.mode == "RGB"
+    assert pair.baseline.image.tobytes() != pair.aligned.image.tobytes()
+    assert pair.adapter == ADAPTER
+
+
+def test_the_report_is_the_documented_json(pair) -> None:
+    import json
+
+    report = json.loads(json.dumps(pair.report(), allow_nan=False))
+    assert set(report) == {
+        "domain", "prompt", "seed", "steps", "guidance_scale", "adapter",
+        "models", "words", "scores", "warnings", "timings_s",
+    }  # fmt: skip
+    assert report["prompt"] == PROMPTS[pair.domain]
+    assert {row["role"] for row in report["scores"]} == {"reward", "judge"}
+    assert all(set(row) == {"name", "role", "baseline", "aligned", "higher_is_better"} for row in report["scores"])
+    assert len(report["models"]["unet"]) == 64
+    assert report["models"][f"adapters/{ADAPTER}"] != report["models"]["unet"]
+
+
+def test_every_word_has_attention_on_one_scale(pair) -> None:
+    assert len(pair.words) >= 2
+    for word in pair.words:
+        look = pair.attention(word)
+        for heat_map in (look.baseline, look.aligned):
+            assert heat_map.shape == (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+            assert heat_map.dtype == np.float32
+        assert min(look.baseline.min(), look.aligned.min()) == 0.0
+        assert max(look.baseline.max(), look.aligned.max()) == 1.0
+
+
+def test_words_differ_in_where_they_look(pair) -> None:
+    first, second = (pair.attention(word).baseline for word in pair.words[:2])
+    assert np.abs(first - second).max() > 0.05
+
+
+def test_a_word_that_is_not_in_the_prompt_is_refused(pair) -> None:
+    with pytest.raises(InputError, match="not in the prompt"):
+        pair.attention("nonsense")
+
+
+@pytest.mark.parametrize("domain", sorted(PROMPTS))
+def test_the_same_call_gives_the_same_bits_without_the_cache(model_root: Path, studio: Studio, domain: str) -> None:
+    fresh = Studio(model_root, device="cpu", cached_pairs=0)
+    fresh._models, fresh._library = studio._models, studio._library
+    first, second = (fresh.compare(domain, PROMPTS[domain], seed=7, steps=STEPS) for _ in range(2))
+    assert first is not second
+    assert first.baseline.image.tobytes() == second.baseline.image.tobytes()
+    assert first.aligned.image.tobytes() == second.aligned.image.tobytes()
+    assert np.array_equal(first.attention(first.words[0]).aligned, second.attention(second.words[0]).aligned)
+    assert first.scores == second.scores
+
+
+def test_a_pair_that_was_just_compared_is_kept_and_old_ones_go(studio: Studio, model_root: Path) -> None:
+    fresh = Studio(model_root, device="cpu", cached_pairs=2)
+    fresh._models, fresh._library = studio._models, studio._library
+    ask = [fresh.compare("dermatology", PROMPTS["dermatology"], seed=seed, steps=1) for seed in (1, 2, 3)]
+    assert fresh.compare("dermatology", PROMPTS["dermatology"], seed=3, steps=1) is ask[2]
+    assert fresh.compare("dermatology", PROMPTS["dermatology"], seed=1, steps=1) is not ask[0]
+    kept, look = fresh.attention("dermatology", PROMPTS["dermatology"], 3, "Hair", steps=1)
+    assert kept is ask[2]
+    assert np.array_equal(look.baseline, ask[2].attention("hair").baseline)
+
+
+def test_seed_prompt_and_guidance_change_the_image(studio: Studio) -> None:
+    ask = lambda **changed: studio.compare(  # noqa: E731
+        **{"domain": "dermatology", "prompt": PROMPTS["dermatology"], "seed": 1, "steps": STEPS, **changed}
+    ).baseline.image.tobytes()
+    images = {ask(), ask(seed=2), ask(prompt="a dermoscopic image with nevus (NV)"), ask(guidance_scale=9.0)}
+    assert len(images) == 4
+
+
+def test_without_an_adapter_both_sides_are_the_baseline(studio: Studio) -> None:
+    with_adapter = studio.compare("dermatology", PROMPTS["dermatology"], 1, STEPS)
+    for adapter in (None, "none"):
+        alone = studio.compare("dermatology", PROMPTS["dermatology"], 1, STEPS, adapter=adapter)
+        assert alone.aligned.image.tobytes() == alone.baseline.image.tobytes()
+        assert alone.baseline.image.tobytes() == with_adapter.baseline.image.tobytes()
+        assert alone.report()["adapter"] == "none"
+        assert any("baseline" in warning for warning in alone.warnings)
+
+
+def test_an_adapter_of_zeros_changes_no_bit(model_root: Path) -> None:
+    studio = Studio(model_root, device="cpu")
+    before = studio.compare("radiology", PROMPTS["radiology"], 3, STEPS)
+    zero_adapter(studio._models["radiology"].loaded.pipeline.unet, ADAPTER)
+    zeroed = studio.compare("radiology", PROMPTS["radiology"], 3, STEPS, guidance_scale=3.5)
+    assert before.baseline.image.tobytes() != before.aligned.image.tobytes()
+    assert zeroed.baseline.image.tobytes() == zeroed.aligned.image.tobytes()
+
+
+def test_unknown_and_truncated_words_are_warned_of(studio: Studio) -> None:
+    unknown = studio.compare("dermatology", "a dermoscopic image with melanoma (MEL) on a quokka", 1, 1)
+    assert any("quokka" in warning for warning in unknown.warnings)
+    long = "a dermoscopic image with melanoma (MEL), " + "with pigment network, " * 16 + "showing hair"
+    cut = studio.compare("dermatology", long, 1, 1)
+    assert any("never saw" in warning for warning in cut.warnings)
+    assert "hair" not in cut.words
+    with pytest.raises(InputError, match="cut off"):
+        cut.attention("hair")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"domain": "cardiology"}, "dermatology, radiology"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "x" * (MAX_PROMPT_CHARS + 1)}, str(MAX_PROMPT_CHARS)),
+        ({"prompt": None}, "text"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "whole number"),
+        ({"seed": True}, "whole number"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 51}, "50"),
+        ({"guidance_scale": float("nan")}, "guidance"),
+        ({"guidance_scale": "3"}, "guidance"),
+        ({"adapter": "../../etc"}, ADAPTER),
+        ({"adapter": 3}, ADAPTER),
+    ],
+)
+def test_bad_requests_are_refused_before_any_model_is_loaded(model_root: Path, changed: dict, said: str) -> None:
+    studio = Studio(model_root, device="cpu")
+    asked = {"domain": "dermatology", "prompt": PROMPTS["dermatology"], "seed": 1, "steps": 1, **changed}
+    with pytest.raises(InputError, match=said):
+        studio.compare(**asked)
+    assert studio._models == {}
+    assert studio._library is None
+
+
+def test_a_word_outside_the_prompt_is_refused_before_any_model_is_loaded(model_root: Path) -> None:
+    studio = Studio(model_root, device="cpu")
+    with pytest.raises(InputError, match="not in the prompt"):
+        studio.attention("dermatology", PROMPTS["dermatology"], 1, "ink")
+    assert studio._models == {}
+
+
+def test_a_missing_model_folder_is_an_error_with_a_name(tmp_path: Path) -> None:
+    studio = Studio(tmp_path)
+    assert studio.domains() == ()
+    with pytest.raises(ModelError, match="missing"):
+        studio.compare("dermatology", PROMPTS["dermatology"], 1)
+
+
+def test_every_step_is_reported_and_a_request_can_be_taken_back(studio: Studio) -> None:
+    seen = []
+    studio.compare("dermatology", PROMPTS["dermatology"], 11, 3, on_preview=seen.append)
+    assert [(step.which, step.step) for step in seen] == [(w, s) for w in ("baseline", "aligned") for s in (1, 2, 3)]
+    assert seen[0].image is not None
+    steps: list[int] = []
+    with pytest.raises(Cancelled):
+        studio.compare(
+            "dermatology",
+            PROMPTS["dermatology"],
+            12,
+            9,
+            on_preview=lambda step: steps.append(step.step),
+            cancelled=lambda: len(steps) >= 2,
+        )
+    assert len(steps) == 2
+    assert studio.compare("dermatology", PROMPTS["dermatology"], 12, 1).baseline.image.size[0] == IMAGE_SIZE_PX
+
+
+def test_a_request_has_a_time_limit(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medviz.studio.MAX_REQUEST_S", -1)
+    with pytest.raises(Cancelled, match="fewer steps"):
+        studio.compare("dermatology", PROMPTS["dermatology"], 13, 1)
+
+
+def test_requests_from_several_threads_give_what_one_gives(studio: Studio) -> None:
+    alone = {
+        adapter: studio.generate("dermatology", [PROMPTS["dermatology"]], [5], adapter, 2)[0].tobytes()
+        for adapter in ("", None)
+    }
+    found: list[tuple[str | None, bytes]] = []
+
+    def ask(adapter: str | None) -> None:
+        image = studio.generate("dermatology", [PROMPTS["dermatology"]], [5], adapter, 2)[0]
+        found.append((adapter, image.tobytes()))
+
+    threads = [threading.Thread(target=ask, args=(adapter,)) for adapter in ("", None, "", None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(image == alone[adapter] for adapter, image in found)
+
+
+def test_whoever_waits_for_the_models_can_go(studio: Studio) -> None:
+    with studio._turns["dermatology"], pytest.raises(Cancelled):
+        studio.compare("dermatology", PROMPTS["dermatology"], 14, 1, cancelled=lambda: True)
+
+
+def test_a_batch_draws_each_prompt_and_seed_with_the_adapter_asked_for(studio: Studio) -> None:
+    prompts, seeds = [PROMPTS["radiology"]] * 3, [1, 2, 1]
+    aligned = studio.generate("radiology", prompts, seeds, "", STEPS, batch_size=3)
+    assert aligned[0].tobytes() == aligned[2].tobytes()
+    assert aligned[0].tobytes() != aligned[1].tobytes()
+    pair = studio.compare("radiology", PROMPTS["radiology"], 1, STEPS)
+    gap = np.abs(np.asarray(aligned[0]).astype(int) - np.asarray(pair.aligned.image).astype(int))
+    assert gap.max() <= 1, "a batch rounds in another order, no more"
+    assert studio.generate("radiology", [], []) == []
+    with pytest.raises(InputError, match="one length"):
+        studio.generate("radiology", prompts, [1])
+
+
+def test_an_image_is_scored_by_reward_and_judge(studio: Studio) -> None:
+    scores = studio.score("dermatology", upload(), PROMPTS["dermatology"])
+    assert {score.role for score in scores} == {"reward", "judge"}
+    assert all(score.aligned is None for score in scores)
+    assert any(score.baseline is not None for score in scores)
+
+
+def test_grounding_answers_on_the_images_own_grid(studio: Studio) -> None:
+    image = upload(96, 64)
+    found = studio.ground("dermatology", image, "melanoma")
+    assert found.heat_map.shape == (64, 96)
+    assert found.heat_map.dtype == np.float32
+    assert found.heat_map[:, :14].max() == 0, "outside the central square nothing was looked at"
+    assert found.heat_map.max() == pytest.approx(1.0, abs=0.05)
+    x0, y0, x1, y1 = found.box
+    assert 16 <= x0 < x1 <= 80
+    assert 0 <= y0 < y1 <= 64
+    assert any("central square" in warning for warning in found.warnings)
+    assert set(found.report()) == {"phrase", "words", "regions", "box", "warnings"}
+    again = studio.ground("dermatology", image, "melanoma")
+    assert np.array_equal(found.heat_map, again.heat_map)
+
+
+def test_grounding_depends_on_the_phrase_and_refuses_what_is_no_image(studio: Studio) -> None:
+    image = upload(64, 64)
+    hair, ruler = (studio.ground("dermatology", image, phrase).heat_map for phrase in ("hair", "ruler"))
+    assert np.abs(hair - ruler).max() > 0.01
+    with pytest.raises(InputError, match="image"):
+        studio.ground("dermatology", b"no image at all", "hair")
+    with pytest.raises(InputError, match="adapter"):
+        studio.ground("dermatology", image, "hair", adapter="nobody")
+
+
+def test_the_largest_bright_part_is_boxed() -> None:
+    from medviz.workbench import brightest_box
+
+    heat_map = np.zeros((20, 30), np.float32)
+    heat_map[2:4, 2:4] = 1.0
+    heat_map[10:16, 12:25] = 0.8
+    heat_map[18, 28] = 0.4
+    assert brightest_box(heat_map, 0.5) == (12, 10, 25, 16)
+    assert brightest_box(np.zeros((4, 4), np.float32), 0.5) is None
