@@ -30,11 +30,11 @@ $(BIN)/python:
 
 # A stamp is newer than what it was made from, so that a changed requirement installs again and nothing else does.
 $(VENV)/.runtime: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install -qq -r requirements.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --editable '.[train,test,dev]'
+	$(BIN)/python -m pip install -qq --editable '.[train,test,dev]'
 	@touch $@
 
 setup: $(VENV)/.runtime

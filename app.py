@@ -13,12 +13,13 @@ from medviz.ui import build, launch_settings
 
 
 def main() -> None:
-    """Serve until interrupted; PORT and GRADIO_SERVER_NAME say where, MEDVIZ_MODELS which models."""
+    """Serve until interrupted; HOST and PORT (or gradio's own variables) say where, MEDVIZ_MODELS with which models."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     studio = Studio(os.environ.get("MEDVIZ_MODELS") or None)
+    host = os.environ.get("HOST") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     port = os.environ.get("PORT") or os.environ.get("GRADIO_SERVER_PORT") or "7860"
     page = build(studio)
-    page.launch(server_port=int(port), prevent_thread_lock=True, **launch_settings())
+    page.launch(server_name=host, server_port=int(port), prevent_thread_lock=True, **launch_settings())
     # The page is up and shows stored examples; the first person to press Generate should not wait for imports.
     threading.Thread(target=studio.warm_up, name="warm-up", daemon=True).start()
     page.block_thread()

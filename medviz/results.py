@@ -144,9 +144,11 @@ class Pair:
 class Grounding:
     """Where a phrase is found on a real image.
 
-    image: PIL RGB, the upload cut square, on whose grid heat_map float32 (H, W) in [0, 1], outlines and box stand.
-    regions: dicts {name, mass, cnr}. box: (x0, y0, x1, y1) px, x1 and y1 exclusive, around the largest connected part
-    of the map above half of its maximum; None when the map is flat.
+    image: PIL RGB as it was given, on whose grid heat_map float32 (H, W) in [0, 1], outlines and box stand.
+    regions: dicts {name, mass, cnr, prior_mass, prior_cnr}; the prior is the same phrase read on mid-grey instead of
+    the image: where the model points without seeing anything.
+    box: (x0, y0, x1, y1) px, ends exclusive, around the largest connected part of the map above half of its maximum;
+    None when the map is flat.
     """
 
     domain: str

@@ -145,7 +145,10 @@ def draw_batch(models: Models, requests: Sequence[Request]) -> list[Image.Image]
 
 
 def ground(models: Models, picture: Image.Image, phrase: str, adapter: str | None, check: Check) -> Grounding:
-    """Find where a phrase looks in a real image."""
+    """Find where a phrase looks in a real image, and where it looks when there is no image to see.
+
+    The second, on mid-grey instead of the image, is the prior that the first has to beat.
+    """
     pipeline, side_px = models.loaded.pipeline, models.image_size_px
     square = fit_square(picture, side_px)
     words, warnings = read(models, phrase)
@@ -156,13 +159,18 @@ def ground(models: Models, picture: Image.Image, phrase: str, adapter: str | Non
     if not tokens:
         raise InputError("the phrase holds no word; write what to look for")
     with using_adapter(pipeline.unet, adapter):
+        seen = to_tensor(square)
         maps = attention_on_image(
-            pipeline, to_tensor(square), phrase, steps=GROUND_STEPS, on_step=lambda index, latents: check()
+            pipeline,
+            torch.stack([seen, torch.zeros_like(seen)]),
+            phrase,
+            steps=GROUND_STEPS,
+            on_step=lambda index, latents: check(),
         )
-    heat_map = grounding_heat_map(maps, sorted(tokens), (side_px, side_px))
+    heat_map, prior = (grounding_heat_map(maps, sorted(tokens), (side_px, side_px), sample=sample) for sample in (0, 1))
     anatomy = models.segmenter.segment(square)
     names = [region.name for region in models.domain.regions]
-    figures = region_attention(names, (heat_map, heat_map), (anatomy.regions, anatomy.regions))
+    figures = region_attention(names, (heat_map, prior), (anatomy.regions, anatomy.regions))
     warnings += anatomy.warnings
     if picture.width != picture.height:
         warnings.append("The models read the central square of the image; nothing outside it was looked at.")
@@ -175,7 +183,16 @@ def ground(models: Models, picture: Image.Image, phrase: str, adapter: str | Non
         image=picture,
         heat_map=whole,
         outlines={name: placed(mask.astype(np.float32), picture.size) > 0.5 for name, mask in anatomy.regions.items()},
-        regions=tuple({"name": f.name, "mass": f.baseline_mass, "cnr": f.baseline_cnr} for f in figures),
+        regions=tuple(
+            {
+                "name": found.name,
+                "mass": found.baseline_mass,
+                "cnr": found.baseline_cnr,
+                "prior_mass": found.aligned_mass,
+                "prior_cnr": found.aligned_cnr,
+            }
+            for found in figures
+        ),
         box=brightest_box(whole, BOX_THRESHOLD),
         warnings=tuple(warnings),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
@@ -68,10 +69,13 @@ class Parts:
     domain: str
     preset: str
     pipeline: str
+    autoencoder: str
+    """The autoencoder that ships: the pipeline's own, or one whose decoder has learnt on behind the same encoder."""
     features: str
     reward: str
     judge: str
     segmenter: str
+    guidance_scale: float
     adapters: dict[str, str]
     default_adapter: str | None
     runs: dict[str, str]
@@ -102,11 +106,23 @@ def _halve(folder: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
+def _replace_autoencoder(place: Path, source: str) -> None:
+    """Put the autoencoder `source` at `place`; InputError when its encoder is not the one the generator learnt on."""
+    trained_on, shipped = (AutoencoderTiny.from_pretrained(folder, dtype=torch.bfloat16) for folder in (place, source))
+    ours = trained_on.encoder.state_dict()
+    theirs = shipped.encoder.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        raise InputError(f"the encoder of {source} is not the one that the generator was trained on")
+    shutil.rmtree(place)
+    shipped.save_pretrained(place)
+
+
 def assemble(parts: Parts, folder: Path) -> None:
     """Write the model folder `folder` from the parts and describe it in manifest.json and README.md."""
     writing = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(writing, ignore_errors=True)
     _copy(parts.pipeline, writing)
+    _replace_autoencoder(writing / "vae", parts.autoencoder)
     for source, name in (
         (parts.features, "features"),
         (parts.reward, "rewards/attribute"),
@@ -129,7 +145,10 @@ def assemble(parts: Parts, folder: Path) -> None:
         {
             "domain": parts.domain,
             "preset": parts.preset,
-            "recipe": {stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
+            "recipe": {
+                **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
+                "guidance_scale": parts.guidance_scale,
+            },
             "data": SOURCES[parts.domain],
             "training_cost": {stage: {"seconds": m.get("trained_s"), "steps": m.get("steps")} for stage, m in metrics.items()},
             "seeds": {stage: m.get("seed") for stage, m in metrics.items()},

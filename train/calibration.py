@@ -79,7 +79,8 @@ def auroc(scores: np.ndarray, truth: np.ndarray) -> float | None:
         return None
     # Ranks say the same and cannot be mistaken for probabilities outside [0, 1].
     ranks = np.unique(scores, return_inverse=True)[1] / max(1, len(scores))
-    return float(binary_auroc(torch.from_numpy(ranks), torch.from_numpy(truth.astype(np.int64))))
+    # torchmetrics computes in float32; what lies beyond its precision would make 1.0 read 0.99999994.
+    return round(float(binary_auroc(torch.from_numpy(ranks), torch.from_numpy(truth.astype(np.int64)))), 6)
 
 
 def auroc_interval(

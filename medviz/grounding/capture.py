@@ -42,7 +42,8 @@ def attention_probs(
     if attention.norm_k is not None:
         key = attention.norm_k(key)
     with torch.autocast(query.device.type, enabled=False):
-        scores = torch.matmul(query.float() * attention.scale, key.float().transpose(-1, -2))
+        # The keys are scaled because there are fewer of them than positions.
+        scores = torch.matmul(query.float(), (key.float() * attention.scale).transpose(-1, -2))
         if mask is not None:
             scores = scores + mask.float()[:, None]
         return scores.softmax(dim=-1).mean(dim=1)

@@ -46,7 +46,7 @@ _LOAD_ERRORS = (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedDomain:
     """One domain's pipeline with all its adapters loaded and switched off.
 

@@ -1,6 +1,5 @@
 """The Gradio page: one file a tab, wiring only; what it shows is computed by the studio."""
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -63,5 +62,4 @@ def launch_settings() -> dict[str, Any]:
         "ssr_mode": False,
         "pwa": False,
         "share": False,
-        "favicon_path": Path(__file__).with_name("favicon.png"),
     }

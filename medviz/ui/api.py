@@ -11,7 +11,7 @@ from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.rendering import draw_box, overlay
 from medviz.studio import Studio
 from medviz.ui import views
-from medviz.ui.files import served
+from medviz.ui.files import served, served_picture
 from medviz.ui.guard import telling
 
 _GUIDE = """
@@ -76,7 +76,7 @@ class Endpoints:
                 look.report(),
             )
 
-    def ground(self, domain: str, image: str | None, phrase: str, adapter: str) -> tuple[Any, dict[str, Any]]:
+    def ground(self, domain: str, image: str | None, phrase: str, adapter: str) -> tuple[str, dict[str, Any]]:
         """Show where a phrase looks in an image that is sent along."""
         with telling():
             found = self.studio.ground(domain, _path(image), phrase, adapter=adapter or "")
@@ -84,7 +84,7 @@ class Endpoints:
         picture = overlay(kept.image, kept.heat_map, side_px=max(kept.image.size))
         if kept.box is not None:
             picture = draw_box(picture, kept.box, kept.heat_map.shape)
-        return picture, found.report()
+        return served_picture(picture, "overlay", synthetic=False), found.report()
 
     def score(self, domain: str, image: str | None, prompt: str) -> dict[str, Any]:
         """Score how well an image that is sent along shows a prompt, by the reward and by the judge."""

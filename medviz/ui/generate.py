@@ -101,7 +101,7 @@ class GenerateTab:
                 components=["textbox"], samples=samples, type="index", label="Example prompts", visible=visible
             )
         return gr.Gallery(
-            [(views.thumbnail(pair), pair.prompt) for pair in pairs],
+            [(views.thumbnail(pair), ", ".join(pair.words)) for pair in pairs],
             label="Examples: baseline on the left, aligned on the right",
             format="png",
             columns=2,

@@ -1,40 +1,28 @@
 """The Ground tab: where a phrase looks in an image that a person brings."""
 
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from medviz.domains import DOMAINS
 from medviz.errors import InputError
+from medviz.images import decode_image
 from medviz.limits import MAX_IMAGE_PIXELS, MAX_PROMPT_CHARS, MAX_UPLOAD_BYTES
 from medviz.results import Grounding
 from medviz.studio import Studio
 from medviz.ui import views
+from medviz.ui.files import served_picture
 from medviz.ui.generate import adapter_choices
-from medviz.ui.guard import message, telling
+from medviz.ui.guard import telling
 from medviz.ui.result_panel import LIGHT, STATE_LIFETIME_S, Updates
 from medviz.ui.views import Look
 
 _CAVEAT = (
     "The map shows where the *generator* reads the phrase in this image. It is no detector: it also lights up for "
-    "findings that are not there, and must not be used for any decision about a patient. Upload only images that you "
-    "may share; the server deletes them within the hour."
+    "findings that are not there, and must not be used for any decision about a patient. *No image* is the same phrase "
+    "read on plain grey: only what exceeds it comes from your image. Upload only images that you may share; the server "
+    "deletes them within the hour."
 )
-
-
-class UploadedImage(gr.Image):
-    """An image input that hands over the file as it came, so that the program's own limits and messages hold."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Path | None:
-        """Return the path of the uploaded file, undecoded; None without an upload."""
-        if payload is None:
-            return None
-        if not payload.path:
-            raise message("The image must be uploaded as a file.")
-        return Path(payload.path)
 
 
 class GroundTab:
@@ -52,15 +40,13 @@ class GroundTab:
     def _build_request(self, domains: list[str]) -> None:
         choices = [(DOMAINS[name].label, name) for name in domains]
         self.domain = gr.Radio(choices, value=domains[0], label="Domain", elem_id="mv-ground-domain")
-        self.image = UploadedImage(
-            label="Image",
-            type="filepath",
-            sources=["upload", "clipboard"],
-            height=300,
-            elem_classes="mv-well",
-            elem_id="mv-ground-image",
-            placeholder=f"Drop an image: PNG, JPEG, WebP, BMP or TIFF\nup to {MAX_UPLOAD_BYTES // 2**20} MiB and "
+        # A file, not an image component: what comes in is judged by the program's own limits, with its own messages.
+        self.image = gr.File(
+            label=f"Image: PNG, JPEG, WebP, BMP or TIFF, up to {MAX_UPLOAD_BYTES // 2**20} MiB and "
             f"{MAX_IMAGE_PIXELS // 10**6} million pixels",
+            type="filepath",
+            height=150,
+            elem_id="mv-ground-image",
         )
         self.phrase = gr.Textbox(
             example_phrase(domains[0]),
@@ -76,7 +62,7 @@ class GroundTab:
         self.grounding = gr.State(None, time_to_live=STATE_LIFETIME_S)
         self.picture = gr.Image(
             label="Where the phrase looks",
-            type="pil",
+            type="filepath",
             format="png",
             interactive=False,
             buttons=["fullscreen", "download"],
@@ -94,6 +80,7 @@ class GroundTab:
     def _wire(self) -> None:
         results = [self.grounding, self.picture, self.legend, self.table, self.box, self.warnings]
         self.domain.input(self._switch_domain, self.domain, [self.phrase, self.adapter, *results], **LIGHT)
+        self.image.upload(self._preview, self.image, results, **LIGHT)
         self.find.click(
             self._ground,
             [self.domain, self.image, self.phrase, self.adapter, self.outlined, self.opacity],
@@ -109,9 +96,13 @@ class GroundTab:
         self.opacity.release(self._look, look, [self.picture, self.legend], **LIGHT)
 
     def _switch_domain(self, name: str) -> Updates:
-        return {
+        return self._empty() | {
             self.phrase: example_phrase(name),
             self.adapter: gr.update(choices=adapter_choices(self.studio, name), value=""),
+        }
+
+    def _empty(self) -> Updates:
+        return {
             self.grounding: None,
             self.picture: None,
             self.legend: "",
@@ -120,13 +111,18 @@ class GroundTab:
             self.warnings: gr.update(value="", visible=False),
         }
 
+    def _preview(self, path: str) -> Updates:
+        with telling():
+            image = decode_image(Path(path))
+        return self._empty() | {self.picture: served_picture(views.upload(image), "upload", synthetic=False)}
+
     def _ground(
-        self, domain: str, image: Path | None, phrase: str, adapter: str, outlined: bool, opacity: float
+        self, domain: str, path: str | None, phrase: str, adapter: str, outlined: bool, opacity: float
     ) -> Updates:
         with telling():
-            if image is None:
+            if not path:
                 raise InputError("there is no image yet; upload one")
-            found = self.studio.ground(domain, image, phrase, adapter=adapter)
+            found = self.studio.ground(domain, Path(path), phrase, adapter=adapter)
         kept = views.shrunk(found)
         return {
             self.grounding: kept,
@@ -142,7 +138,7 @@ class GroundTab:
     def _pictures(self, kept: Grounding, outlined: bool, opacity: float) -> Updates:
         look = Look(kept.phrase, outlined, opacity)
         return {
-            self.picture: views.shown_grounding(kept, look),
+            self.picture: served_picture(views.shown_grounding(kept, look), "grounding", synthetic=False),
             self.legend: views.legend(kept.outlines, look, kept.domain, of="on this image"),
         }
 

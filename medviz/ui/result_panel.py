@@ -8,7 +8,7 @@ import gradio as gr
 from medviz.export.archive import archive, image_png, report_json
 from medviz.results import Pair, Preview
 from medviz.ui import views
-from medviz.ui.files import served
+from medviz.ui.files import served, served_picture
 from medviz.ui.guard import message, telling
 from medviz.ui.views import Look
 
@@ -34,8 +34,8 @@ class ResultPanel:
         self._build_pictures()
         self.shown = gr.Textbox(label="Shown", interactive=False, lines=1, max_lines=4, elem_id="mv-shown")
         self._build_words()
-        self.region_table = gr.HTML("", elem_id="mv-regions")
-        self.score_table = gr.HTML("", elem_id="mv-scores")
+        self.region_table = gr.HTML("", elem_id="mv-regions", visible=False)
+        self.score_table = gr.HTML("", elem_id="mv-scores", visible=False)
         self.warnings = gr.Textbox(
             label="Warnings", interactive=False, visible=False, elem_id="mv-warnings", elem_classes="mv-warnings"
         )
@@ -49,7 +49,7 @@ class ResultPanel:
 
     def _build_pictures(self) -> None:
         image = partial(
-            gr.Image, type="pil", format="png", interactive=False, buttons=["fullscreen"], elem_classes="mv-well"
+            gr.Image, type="filepath", format="png", interactive=False, buttons=["fullscreen"], elem_classes="mv-well"
         )
         with gr.Tabs():
             with gr.Tab("Side by side"), gr.Row(elem_id="mv-pair"):
@@ -57,7 +57,7 @@ class ResultPanel:
                 self.aligned = image(label="Aligned", elem_id="mv-aligned", min_width=140)
             with gr.Tab("Slider"):
                 self.slider = gr.ImageSlider(
-                    type="pil",
+                    type="filepath",
                     format="png",
                     interactive=False,
                     label="Baseline left, aligned right",
@@ -79,7 +79,7 @@ class ResultPanel:
                 elem_id="mv-words",
                 elem_classes="mv-chips",
             )
-            self.legend = gr.HTML("", elem_id="mv-legend", padding=True)
+            self.legend = gr.HTML("", elem_id="mv-legend", padding=True, visible=False)
             with gr.Row():
                 self.outlined = gr.Checkbox(False, label="Outline regions", elem_id="mv-outlines", min_width=140)
                 self.opacity = gr.Slider(0.1, 1.0, 0.6, step=0.1, label="Overlay opacity", min_width=180)
@@ -116,8 +116,8 @@ class ResultPanel:
         if pair is None:
             updates: Updates = dict.fromkeys(self.outputs, None)
             updates |= {component: gr.update(value=None, interactive=False) for component in self.downloads}
-            updates |= dict.fromkeys((self.difference_note, self.legend, self.shown), "")
-            updates |= {self.region_table: "", self.score_table: "", self.progress: views.status(text)}
+            updates |= {self.difference_note: "", self.shown: "", self.progress: views.status(text)}
+            updates |= {part: _filled("") for part in (self.legend, self.region_table, self.score_table)}
             updates[self.words] = gr.update(choices=[views.NO_WORD], value=views.NO_WORD)
             updates[self.warnings] = gr.update(value="", visible=False)
             return updates
@@ -126,12 +126,12 @@ class ResultPanel:
             self.pair: pair,
             self.progress: views.status(text),
             **self._pictures(pair, Look(None, outlined, 0.0)),
-            self.difference: difference,
+            self.difference: served_picture(difference, "difference"),
             self.difference_note: note,
             self.shown: f"{pair.prompt} | seed {pair.seed} | {pair.steps} steps | guidance {pair.guidance_scale:g} | "
             f"adapter {pair.adapter or 'none'}",
             self.words: gr.update(choices=[views.NO_WORD, *pair.words], value=views.NO_WORD),
-            self.score_table: views.score_table(pair),
+            self.score_table: _filled(views.score_table(pair)),
             self.warnings: gr.update(
                 value="\n".join(pair.warnings), lines=max(1, len(pair.warnings)), visible=bool(pair.warnings)
             ),
@@ -147,7 +147,8 @@ class ResultPanel:
             )
         }
         if step.image is not None:
-            updates[self.baseline if step.which == "baseline" else self.aligned] = views.preview(step.image)
+            side = self.baseline if step.which == "baseline" else self.aligned
+            updates[side] = served_picture(views.preview(step.image), "unfinished")
         return updates
 
     def look(self, pair: Pair | None, word: str | None, outlined: bool, opacity: float) -> Updates:
@@ -158,13 +159,14 @@ class ResultPanel:
             return self._pictures(pair, Look(None if word in (None, views.NO_WORD) else word, outlined, opacity))
 
     def _pictures(self, pair: Pair, look: Look) -> Updates:
-        baseline, aligned = views.shown_pair(pair, look)
+        baseline, aligned = (served_picture(picture, "shown") for picture in views.shown_pair(pair, look))
+        regions = views.region_table(pair.attention(look.word), pair.domain) if look.word else ""
         return {
             self.baseline: baseline,
             self.aligned: aligned,
             self.slider: (baseline, aligned),
-            self.legend: views.legend(pair.baseline.outlines, look, pair.domain),
-            self.region_table: views.region_table(pair.attention(look.word), pair.domain) if look.word else "",
+            self.legend: _filled(views.legend(pair.baseline.outlines, look, pair.domain)),
+            self.region_table: _filled(regions),
         }
 
     def _files(self, pair: Pair) -> Updates:
@@ -179,3 +181,8 @@ class ResultPanel:
             button: gr.update(value=served(content, name), interactive=True)
             for button, (content, name) in zip(self.downloads, files, strict=True)
         }
+
+
+def _filled(markup: str) -> dict[str, Any]:
+    """Update of a markup component that takes no room while it is empty."""
+    return gr.update(value=markup, visible=bool(markup))

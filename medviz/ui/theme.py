@@ -8,13 +8,13 @@ VIRIDIS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")  # 
 
 
 def theme() -> gr.Theme:
-    """Return the app's theme; its fonts come with gradio."""
+    """Return the app's theme. Its fonts come with gradio, whose semi-bold files hold few letters: bold stands in."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.cyan,
         neutral_hue=gr.themes.colors.slate,
         radius_size=gr.themes.sizes.radius_sm,
-        font=(gr.themes.LocalFont("IBM Plex Sans"), "system-ui", "sans-serif"),
-        font_mono=(gr.themes.LocalFont("IBM Plex Mono"), "monospace"),
+        font=(gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"),
+        font_mono=(gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "monospace"),
     ).set(
         body_background_fill="*neutral_50",
         body_text_color=INK,
@@ -35,6 +35,7 @@ def theme() -> gr.Theme:
         checkbox_label_background_fill_selected=TEAL,
         checkbox_label_background_fill_selected_dark=TEAL,
         checkbox_label_text_color_selected="white",
+        color_accent=TEAL,
         link_text_color=TEAL_DARK,
         link_text_color_dark="*primary_300",
     )
@@ -56,11 +57,13 @@ CSS = """
 .mv-chips label:focus-within { outline: 2px solid #e69f00; outline-offset: 2px; }
 .mv-chips label span { margin: 0 !important; }
 .mv-table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.mv-table caption { text-align: left; font-weight: 600; padding: .2rem 0 .35rem; }
-.mv-table th, .mv-table td { padding: .32rem .55rem; border-bottom: 1px solid var(--border-color-primary);
-  text-align: right; }
-.mv-table th:first-child, .mv-table td:first-child { text-align: left; }
+.mv-table, .mv-table tr, .mv-table th, .mv-table td { border: 0 !important; background: none !important; }
+.mv-table th, .mv-table td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
+.mv-table tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
+.mv-table caption { text-align: left; font-weight: 600; padding: .2rem .5rem .35rem; }
+.mv-table th:first-child, .mv-table td:first-child { text-align: left; white-space: normal; }
 .mv-table th { font-weight: 600; color: var(--body-text-color-subdued); }
+.mv-table th[scope=colgroup] { text-align: center; }
 .mv-better { color: #0b6b3a; font-weight: 600; } .mv-worse { color: #a3341b; font-weight: 600; }
 .dark .mv-better { color: #6ee7a8; } .dark .mv-worse { color: #fca58f; }
 .mv-role { font-size: .78rem; padding: .05rem .45rem; border-radius: 3px; background: var(--neutral-200);
@@ -77,6 +80,7 @@ CSS = """
 .mv-progress progress { flex: 1; height: .6rem; accent-color: #0f6674; }
 .mv-warnings textarea { color: #7a2e0e; } .dark .mv-warnings textarea { color: #fdba8c; }
 .mv-thumbs .grid-wrap { max-height: none; }
+.mv-thumbs .thumbnail-lg, .mv-thumbs .thumbnail-item { aspect-ratio: 1.75 !important; }
 @media (max-width: 640px) {
   .gradio-container { padding: .4rem !important; }
   #mv-pair { flex-wrap: nowrap; gap: .3rem; } #mv-pair > * { min-width: 0 !important; }

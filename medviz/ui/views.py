@@ -22,15 +22,16 @@ from medviz.rendering import (
     resized_mask,
     with_footer,
 )
-from medviz.results import Drawing, Grounding, HeatMap, Mask, Pair, WordAttention
+from medviz.results import Drawing, Grounding, HeatMap, Mask, Pair, Score, WordAttention
 
 LABEL = "SYNTHETIC"
 NO_WORD = "No overlay"
+_ROLES = {"judge": "judge: held out", "reward": "reward: trained on"}
 NOT_COMPUTED = "not computed"
 THUMBNAIL_PX = 150
 KEPT_SIDE_PX = 1024
 GROUND_SIDE_PX = 640
-_NEGLIGIBLE = 5e-4  # a difference that the table's three decimals do not show
+_NEGLIGIBLE = 0.005  # differences below say nothing of one pair
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,29 @@ def legend(masks: Mapping[str, Mask], look: Look, domain: str, of: str = "in eit
 
 
 def score_table(pair: Pair) -> str:
-    """Return the scores as a table."""
+    """Return the scores as a table: one row for each name, the held-out judge's columns before the reward's."""
+    names = list(dict.fromkeys(score.name for score in pair.scores))
+    found = {(score.name, score.role): score for score in pair.scores}
     rows = []
-    for score in pair.scores:
-        role = "mv-role mv-judge" if score.role == "judge" else "mv-role"
-        cells = [
-            f'{_escape(score.name)} <span class="{role}">{_escape(score.role)}</span>',
-            _number(score.baseline),
-            _number(score.aligned),
-            _change(score.baseline, score.aligned, score.higher_is_better),
-        ]
+    for name in names:
+        cells = [_escape(name)]
+        for role in _ROLES:
+            score = found.get((name, role))
+            cells += ["", "", ""] if score is None else _score_cells(score)
         rows.append(cells)
-    return _table("Scores of this pair", ("", "Baseline", "Aligned", "Difference"), rows) if rows else ""
+    if not rows:
+        return ""
+    groups = "".join(
+        f'<th scope="colgroup" colspan="3"><span class="mv-role mv-{role}">{_escape(text)}</span></th>'
+        for role, text in _ROLES.items()
+    )
+    heads = ("", *(("Baseline", "Aligned", "Difference") * len(_ROLES)))
+    return _table("Scores of this pair", heads, rows, above=f"<tr><td></td>{groups}</tr>")
+
+
+def _score_cells(score: Score) -> list[str]:
+    change = _change(score.baseline, score.aligned, score.higher_is_better)
+    return [_number(score.baseline), _number(score.aligned), change]
 
 
 def region_table(look: WordAttention, domain: str) -> str:
@@ -120,8 +132,8 @@ def region_table(look: WordAttention, domain: str) -> str:
             _escape(region_label(domain, region.name)),
             _share(region.baseline_mass),
             _share(region.aligned_mass),
-            _number(region.baseline_cnr, 2),
-            _number(region.aligned_cnr, 2),
+            _number(region.baseline_cnr),
+            _number(region.aligned_cnr),
         ]
         for region in look.regions
     ]
@@ -145,6 +157,11 @@ def shrunk(grounding: Grounding) -> Grounding:
     )
 
 
+def upload(image: Image.Image) -> Image.Image:
+    """Return an upload at display size; it is no synthetic image and bears no label."""
+    return enlarge(image, GROUND_SIDE_PX)
+
+
 def shown_grounding(grounding: Grounding, look: Look) -> Image.Image:
     """Return the image with the phrase's heat map, its box and, if chosen, outlines; an upload bears no label."""
     picture = overlay(grounding.image, grounding.heat_map, look.opacity, side_px=GROUND_SIDE_PX)
@@ -158,10 +175,17 @@ def shown_grounding(grounding: Grounding, look: Look) -> Image.Image:
 def grounding_table(regions: Sequence[Mapping[str, object]], domain: str) -> str:
     """Return the figures of a grounding as a table."""
     rows = [
-        [_escape(region_label(domain, str(row["name"]))), _share(row["mass"]), _number(row["cnr"], 2)]
+        [
+            _escape(region_label(domain, str(row["name"]))),
+            _share(row["mass"]),
+            _share(row["prior_mass"]),
+            _number(row["cnr"]),
+            _number(row["prior_cnr"]),
+        ]
         for row in regions
     ]
-    return _table("Where the phrase looked", ("Region", "Share", "Contrast"), rows) if rows else ""
+    heads = ("Region", "Share", "Share, no image", "Contrast", "Contrast, no image")
+    return _table("Where the phrase looked", heads, rows) if rows else ""
 
 
 def progress_bar(done: int, total: int, text: str) -> str:
@@ -210,9 +234,10 @@ def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _number(value: object, decimals: int = 3) -> str:
+def _number(value: object, decimals: int = 2) -> str:
     number = _finite(value)
-    return NOT_COMPUTED if number is None else f"{number:.{decimals}f}"
+    # Adding 0 turns a rounded -0.0 into 0.0.
+    return NOT_COMPUTED if number is None else f"{round(number, decimals) + 0.0:.{decimals}f}"
 
 
 def _share(value: object) -> str:
@@ -225,16 +250,16 @@ def _change(baseline: float | None, aligned: float | None, higher_is_better: boo
         return NOT_COMPUTED
     change = float(aligned) - float(baseline)  # type: ignore[arg-type]
     if abs(change) < _NEGLIGIBLE:
-        return "= no change"
+        return "≈ same"
     better = (change > 0) == higher_is_better
     arrow, word = ("▲" if change > 0 else "▼"), ("better" if better else "worse")
-    return f'<span class="mv-{word}">{arrow} {change:+.3f} {word}</span>'
+    return f'<span class="mv-{word}">{arrow} {change:+.2f} {word}</span>'
 
 
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], above: str = "") -> str:
     head = "".join(f'<th scope="col">{_escape(text)}</th>' for text in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<div class="mv-scroll"><table class="mv-table"><caption>{_escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead>{above}<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

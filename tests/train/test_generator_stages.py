@@ -6,14 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from medviz.errors import ModelError
 from train import seeding
-from train.autoencoder import AutoencoderConfig, AutoencoderLearner
+from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_components, write_encoder
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
+from train.datasets.latents import split_latents, to_pixels
 from train.datasets.split import Split
 from train.diffusion import SCHEDULE, DiffusionConfig, DiffusionLearner, denoising_loss, sample_weights
 from train.loop import fit
@@ -48,7 +49,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory):
     train, validation = invented_split("train", 12), invented_split("validation", 8)
     autoencoder = AutoencoderConfig(
         out=str(root / "autoencoder"), domains=("dermatology",), size_px=32, crop_px=16, width=8, steps=2, batch=2,
-        encoder_blocks=(0, 1, 1, 1), decoder_blocks=(1, 1, 1, 0),
+        decoder_blocks=(1, 1, 1, 0), latent_channels=6,
     )
     fit(AutoencoderLearner(autoencoder, [train.images(32)]), autoencoder)
     contrastive = ContrastiveConfig(
@@ -93,6 +94,39 @@ def test_a_run_never_overwrites_another(stages) -> None:
     _, train, validation, diffusion, _ = stages
     with pytest.raises(ModelError, match="already holds a checkpoint"):
         fit(DiffusionLearner(diffusion, train, validation), diffusion)
+
+
+def test_encoder_computes_principal_components_exactly() -> None:
+    """Decoding its latents with the basis alone gives the best rank-K approximation of every 8x8 block."""
+    images = np.random.default_rng(3).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    components = principal_components([images], 5)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(48,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(0,) * 4,
+        num_decoder_blocks=(1, 1, 1, 0), latent_channels=5,
+    )
+    write_encoder(vae, components, power=0.5, latent_std=0.6)
+    pixels = to_pixels(images)
+    with torch.inference_mode():
+        latents = vae.encode(pixels).latents
+    blocks = torch.nn.functional.unfold((pixels + 1) / 2, 8, stride=8).transpose(1, 2) - components.mean.flatten()
+    gain = 0.6 * (components.std / components.std[0]) ** 0.5 / components.std
+    expected = (blocks @ components.basis.flatten(1).T * gain).transpose(1, 2).reshape(latents.shape)
+    assert torch.allclose(latents, expected, atol=1e-4)
+    assert torch.allclose(latents[:, 0].std(), torch.tensor(0.6), atol=0.02)
+
+
+def test_latent_cache_outlives_a_better_decoder_but_not_another_encoder(stages, tmp_path) -> None:
+    root, train, *_ = stages
+    vae = AutoencoderTiny.from_pretrained(root / "autoencoder/model")
+    split_latents(vae, train, 32, 1, 0, tmp_path)
+    with torch.no_grad():
+        vae.decoder.layers[0].weight.add_(1)
+    split_latents(vae, train, 32, 1, 0, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    with torch.no_grad():
+        vae.encoder.layers[-1].bias.add_(1)
+    split_latents(vae, train, 32, 1, 0, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_equal_captions_share_the_target() -> None:

@@ -221,21 +221,17 @@ def test_resumed_and_uninterrupted_runs_agree_to_the_last_bit(base, tmp_path, ob
 
 
 @pytest.mark.parametrize("objective", ["ddpo", "forward"])
-def test_training_raises_the_reward(base, objective):
-    options = {
-        "ddpo": {"updates": 2, "timesteps_per_image": 0, "clip_range": 0.01},
-        "forward": {"updates": 2, "timesteps_per_image": 2, "rollout_steps": 4},
-    }[objective]
+def test_training_raises_the_reward_of_noise_it_never_saw(base, objective):
     made = learner(
-        base, objective=objective, learning_rate=1e-2, prompts_per_epoch=4, invented_prompts=0, steps=12,
-        evaluate_every=12, evaluation_prompts=4, evaluation_images=4, evaluation_steps=4, **options,
+        base, objective=objective, learning_rate=2e-2, lora_convolutions=True, clip_range=0.05, statistics_minimum=8,
+        timesteps_per_image=0 if objective == "ddpo" else 2, images_per_prompt=8, rollout_batch=16, micro_batch=16,
+        invented_prompts=0, steps=99, evaluate_every=99,
     )  # fmt: skip
-    for step in range(12):
+    first = made.rewarded(made.draw(50)).values
+    for step in range(6):
         made.update(step)
-    first, last = made.watch.history[0], made.watch.history[-1]
-    gain = np.subtract(last.rewards, first.rewards)
+    gain = made.rewarded(made.draw(50)).values - first
     assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
-    assert gain.mean() > 0
 
 
 def test_run_through_the_loop_writes_an_adapter_that_loads_and_counts_its_cost(base, tmp_path):

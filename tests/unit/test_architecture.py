@@ -36,6 +36,7 @@ LEVELS: dict[str, int] = {
     "medviz.errors": 0,
 }
 SAME_LEVEL = {
+    ("medviz", "medviz.studio"),
     ("medviz.images", "medviz.limits"),
     ("medviz.generation", "medviz.grounding"),
     ("medviz.export", "medviz.audit"),

@@ -1,5 +1,6 @@
 """The use cases on tiny models: what is asked is checked first, drawn once, measured, and the same every time."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from medviz import Cancelled, InputError, ModelError, Studio
 from medviz.limits import MAX_PROMPT_CHARS
 from medviz.models.adapters import zero_adapter
+from medviz.workbench import brightest_box
 from tests.tiny import ADAPTER, IMAGE_SIZE_PX
 
 PROMPTS = {
@@ -43,8 +45,6 @@ def test_a_pair_holds_two_different_images_of_the_models_size(pair) -> None:
 
 
 def test_the_report_is_the_documented_json(pair) -> None:
-    import json
-
     report = json.loads(json.dumps(pair.report(), allow_nan=False))
     assert set(report) == {
         "domain", "prompt", "seed", "steps", "guidance_scale", "adapter",
@@ -131,7 +131,7 @@ def test_an_adapter_of_zeros_changes_no_bit(model_root: Path) -> None:
 def test_unknown_and_truncated_words_are_warned_of(studio: Studio) -> None:
     unknown = studio.compare("dermatology", "a dermoscopic image with melanoma (MEL) on a quokka", 1, 1)
     assert any("quokka" in warning for warning in unknown.warnings)
-    long = "a dermoscopic image with melanoma (MEL), " + "with pigment network, " * 16 + "showing hair"
+    long = "a dermoscopic image with melanoma (MEL), " + "with pigment network, " * 15 + "showing hair"
     cut = studio.compare("dermatology", long, 1, 1)
     assert any("never saw" in warning for warning in cut.warnings)
     assert "hair" not in cut.words
@@ -262,6 +262,8 @@ def test_grounding_answers_on_the_images_own_grid(studio: Studio) -> None:
     assert 0 <= y0 < y1 <= 64
     assert any("central square" in warning for warning in found.warnings)
     assert set(found.report()) == {"phrase", "words", "regions", "box", "warnings"}
+    for region in found.regions:
+        assert set(region) == {"name", "mass", "cnr", "prior_mass", "prior_cnr"}
     again = studio.ground("dermatology", image, "melanoma")
     assert np.array_equal(found.heat_map, again.heat_map)
 
@@ -277,8 +279,6 @@ def test_grounding_depends_on_the_phrase_and_refuses_what_is_no_image(studio: St
 
 
 def test_the_largest_bright_part_is_boxed() -> None:
-    from medviz.workbench import brightest_box
-
     heat_map = np.zeros((20, 30), np.float32)
     heat_map[2:4, 2:4] = 1.0
     heat_map[10:16, 12:25] = 0.8

@@ -41,10 +41,10 @@ def split_latents(vae: Autoencoder, split: Split, size_px: int, variants: int, s
     """Latents of every image of a split in `variants` orientations, fp16 (variants, N, C, h, w).
 
     Variant 0 is the image as it is; the others are dihedral elements drawn by image index. The file in `cache` is named
-    by everything it depends on, the autoencoder's weights included, so that another autoencoder never finds it.
+    by everything it depends on, the encoder's weights included, so that another autoencoder never finds it.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().numpy().tobytes())
     digest.update(repr((split.domain, split.name, len(split), size_px, variants, seed, vae.config.scaling_factor)).encode())

@@ -355,5 +355,7 @@ def _write_report(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str]) -> None:
     """`python -m train evaluate RECIPE [overrides]`."""
+    if not arguments:
+        raise InputError("name the recipe, e.g. train/recipes/evaluate-dermatology-cpu.yaml")
     config = read_recipe(arguments[0], EvaluateConfig, arguments[1:])
     run(config, command=f"python -m train evaluate {shlex.join(arguments)}")

@@ -321,11 +321,13 @@ class RlLearner:
             images = self._images(self._sample(prompt_ids, seeds, config.evaluation_steps))
         parsed = [self.table.parsed[i] for i in prompt_ids]
         rewards, opinion = self._rewarded(images, parsed), self._opinion(images, parsed)
+        if not rewards.valid.any() or not bool(opinion.score.isfinite().any()):
+            raise ModelError("reward or judge knows nothing of what the evaluation prompts ask: check their heads")
         evaluation = Evaluation(
             epoch=epoch,
             rewards=tuple(rewards.values[rewards.valid].tolist()),
             judge_scores=tuple(opinion.score.double().tolist()),
-            judge_accuracy=float(opinion.accuracy.double().mean()),
+            judge_accuracy=float(opinion.accuracy.double().nanmean()),
             diversity=diversity(opinion.features, prompt_ids),
         )
         verdict = self.watch.consider(evaluation)

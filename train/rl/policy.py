@@ -1,5 +1,6 @@
 """What is trained: a LoRA adapter on a frozen unet, and where wanted a running average of it that draws the images."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -41,7 +42,8 @@ class Policy:
         self.behaviour = f"{name}-average" if averaged else name
         unet.requires_grad_(False).eval()
         targets = [*ATTENTION, *(CONVOLUTIONS if convolutions else ())]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the average beside the policy is meant
             for adapter in dict.fromkeys((self.behaviour, name)):
                 torch.manual_seed(seeding.key(seed, "rl", "weights"))
                 unet.add_adapter(

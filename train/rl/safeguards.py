@@ -43,7 +43,8 @@ class Evaluation:
 
     rewards and judge_scores: continuous attribute reward of each image in [-1, 1], by the network that is trained on
     and by the held-out one; judge_accuracy: mean share of asked attributes the judge finds as asked; diversity: see
-    :func:`diversity`. A masked reward is left out of `rewards`.
+    :func:`diversity`. A masked reward is left out of `rewards`; an image whose prompt asks for nothing that the judge
+    knows has the score NaN.
     """
 
     epoch: int
@@ -59,13 +60,14 @@ class Evaluation:
 
     @property
     def judge(self) -> float:
-        """Mean judge's score."""
-        return float(np.mean(self.judge_scores))
+        """Mean judge's score of the images it can judge."""
+        return float(np.nanmean(self.judge_scores))
 
     def judge_fell(self, mark: "Evaluation", tolerance: float) -> bool:
         """Whether the judge's mean is below that of `mark` by more than `tolerance` standard errors of the difference,
         image by image (both looks are at the same prompts and seeds)."""
         difference = np.subtract(self.judge_scores, mark.judge_scores)
+        difference = difference[np.isfinite(difference)]
         return bool(difference.mean() < -tolerance * difference.std() / np.sqrt(len(difference)))
 
     def summary(self) -> dict[str, float]:

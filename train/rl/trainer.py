@@ -33,7 +33,7 @@ def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
     if not (Path(folder) / "model_index.json").is_file():
         raise ModelError(f"no pipeline in {folder!r} (model_index.json is missing): train the diffusion stage first")
     pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, safety_checker=None, use_safetensors=True, local_files_only=True
+        folder, dtype=torch.float32, safety_checker=None, use_safetensors=True, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):

@@ -1,0 +1,109 @@
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from medviz.errors import InputError, ModelError
+from medviz.models.adapters import loaded_adapters
+from tests import tiny
+from train.config import read_recipe
+from train.rl.recipe import RlConfig, check
+from train.rl.trainer import main, open_pipeline
+
+RECIPES = sorted((Path(__file__).parents[2] / "train" / "recipes").glob("rl-*.yaml"))
+
+
+def recipe_file(path, models, **options):
+    content = {
+        "out": str(path / "run"),
+        "domain": "dermatology",
+        "base": str(models),
+        "reward": str(models / "rewards" / "attribute"),
+        "judge": str(models / "judge"),
+        "latents": str(path / "latents"),
+        "size_px": tiny.IMAGE_SIZE_PX,
+        "steps": 1,
+        "log_every": 1,
+        "objective": "forward",
+        "invented_prompts": 0,
+        "prompts_per_epoch": 2,
+        "images_per_prompt": 2,
+        "rollout_steps": 2,
+        "updates": 2,
+        "timesteps_per_image": 1,
+        "rank": 2,
+        "anchor_weight": 0.5,
+        "anchor_batch": 2,
+        "evaluation_prompts": 2,
+        "evaluation_images": 2,
+        "evaluation_steps": 2,
+        **options,
+    }
+    (path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return str(path / "recipe.yaml")
+
+
+def write_images(root):
+    rows = []
+    for i in range(4):
+        buffer = io.BytesIO()
+        Image.linear_gradient("L").resize((48, 48)).rotate(90 * i).convert("RGB").save(buffer, "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "image_id": f"i{i}", "lesion_id": f"l{i}"})
+        rows[-1] |= {"source": "drawn", "diagnosis": "melanoma"}
+    folder = root / "dermatology"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+
+
+def test_the_stage_runs_from_a_recipe_to_an_adapter(model_root, tmp_path, monkeypatch):
+    write_images(tmp_path / "images")
+    monkeypatch.setenv("MEDVIZ_DATA", str(tmp_path / "images"))
+    main([recipe_file(tmp_path, model_root / "dermatology")])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    card = json.loads((tmp_path / "run" / "model" / "adapter.json").read_text())
+    assert card["kind"] == "lora"
+    assert card["recipe"]["objective"] == "forward"
+    assert metrics["baseline"]["judge"] != metrics["aligned"]["judge"]
+    assert metrics["unet_forwards"]["anchor"] == 2 * 2
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["anchor"] > 0
+    assert list((tmp_path / "latents").glob("latents-dermatology-train-*.safetensors"))
+
+
+def test_the_reward_cannot_be_its_own_judge(model_root, tmp_path):
+    models = model_root / "dermatology"
+    path = recipe_file(tmp_path, models, judge=str(models / "rewards" / "attribute"), anchor_weight=0.0)
+    with pytest.raises(InputError, match="reward network itself"):
+        main([path])
+
+
+def test_the_baseline_is_opened_frozen_and_without_adapters(model_root):
+    pipeline = open_pipeline(str(model_root / "dermatology"), "cpu")
+    assert loaded_adapters(pipeline.unet) == ()
+    assert not any(p.requires_grad for p in pipeline.unet.parameters())
+    assert not pipeline.unet.training
+
+
+def test_a_missing_pipeline_names_the_folder(tmp_path):
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        open_pipeline(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_are_read_and_hold_together(path):
+    config = read_recipe(path, RlConfig)
+    check(config)
+    assert path.stem == Path(config.out).name
+    assert config.domain in path.stem
+    assert config.judge != config.reward
+
+
+def test_both_domains_have_both_presets():
+    assert {p.stem for p in RECIPES} == {
+        f"rl-{domain}-{preset}" for domain in ("dermatology", "radiology") for preset in ("cpu", "gpu")
+    }

@@ -1,0 +1,55 @@
+"""The app on a free port with tiny models and stored examples, started once for all web tests."""
+
+import logging
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medviz import Studio
+from medviz.domains import DOMAINS
+from medviz.export.examples import write_example
+
+STEPS = 2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def assets(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like assets/: models, one stored example for dermatology, one report."""
+    root = tmp_path_factory.mktemp("assets")
+    shutil.copytree(model_root, root / "models")
+    maker = Studio(root / "models", device="cpu")
+    prompt = DOMAINS["dermatology"].examples[0].prompt
+    write_example(maker.compare("dermatology", prompt, 1, STEPS), root / "examples" / "dermatology" / "01")
+    return root
+
+
+@pytest.fixture(scope="session")
+def web_studio(assets: Path) -> Studio:
+    return Studio(assets / "models", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def url(web_studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the running app."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("served")))
+    from medviz.ui import build, launch_settings
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    page = build(web_studio)
+    _, address, _ = page.launch(
+        server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True, **launch_settings()
+    )
+    yield address
+    page.close()
+    patch.undo()

@@ -1,0 +1,140 @@
+"""The page in a real browser: both domains generate, a word changes the overlay, no other server is asked."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.web.conftest import STEPS
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = [pytest.mark.web, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+WAIT_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=["--headless", "--no-sandbox", "--disable-gpu"]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, url: str) -> Iterator[Page]:
+    opened = browser.new_page(viewport={"width": 1280, "height": 1500})
+    opened.strangers = []
+    opened.failures = []
+    opened.on("request", lambda request: opened.strangers.append(request.url) if not _ours(request.url, url) else None)
+    opened.on("pageerror", lambda error: opened.failures.append(str(error)))
+    opened.goto(url)
+    expect(opened.locator("#mv-generate")).to_be_visible(timeout=WAIT_MS)
+    yield opened
+    opened.close()
+
+
+def _ours(address: str, url: str) -> bool:
+    return address.startswith((url, "data:", "blob:"))
+
+
+def shown(page: Page, side: str) -> str | None:
+    return page.locator(f"#mv-{side} img").first.get_attribute("src", timeout=WAIT_MS)
+
+
+def set_steps(page: Page, steps: int) -> None:
+    page.get_by_role("button", name="Settings").click()
+    box = page.locator("#mv-steps input[type=number]")
+    box.fill(str(steps))
+    box.press("Tab")
+
+
+def wait_for_change(page: Page, side: str, before: str | None) -> str:
+    page.wait_for_function(
+        "([side, before]) => { const i = document.querySelector(`#mv-${side} img`); return i && i.src !== before; }",
+        arg=[side, _absolute(page, before)],
+        timeout=WAIT_MS,
+    )
+    return str(shown(page, side))
+
+
+def _absolute(page: Page, source: str | None) -> str | None:
+    return page.evaluate("s => s && new URL(s, document.baseURI).href", source)
+
+
+def test_the_first_screen_shows_a_stored_pair_its_words_and_the_notice(page: Page) -> None:
+    expect(page.locator("#mv-notice")).to_contain_text("Not for diagnosis")
+    expect(page.locator("#mv-baseline img")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#mv-words label")).not_to_have_count(1, timeout=WAIT_MS)
+    before = shown(page, "aligned")
+    page.locator("#mv-words label").nth(1).click()
+    wait_for_change(page, "aligned", before)
+    expect(page.locator("#mv-progress")).to_contain_text("stored example")
+
+
+def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_path: Path) -> None:
+    set_steps(page, STEPS)
+    for domain, label in (("radiology", "Radiology"), ("dermatology", "Dermatology")):
+        page.locator("#mv-domain label", has_text=label).click()
+        expect(page.locator("#mv-shown textarea")).to_be_visible()
+        prompt = page.locator("#mv-prompt textarea")
+        expect(prompt).to_have_value(re.compile("X-ray" if domain == "radiology" else "dermoscopic"))
+        page.locator("#mv-generate").click()
+        expect(page.locator("#mv-progress")).to_contain_text("Done in", timeout=WAIT_MS)
+        expect(page.locator("#mv-shown textarea")).to_have_value(re.compile("2 steps"))
+        plain = {side: shown(page, side) for side in ("baseline", "aligned")}
+        assert plain["baseline"] != plain["aligned"]
+        page.locator("#mv-words label").nth(1).click()
+        for side, before in plain.items():
+            wait_for_change(page, side, before)
+        expect(page.locator("#mv-legend .mv-bar")).to_be_visible()
+        expect(page.locator("#mv-scores table")).to_be_visible()
+        page.screenshot(path=tmp_path / f"{domain}.png", full_page=True)
+        assert (tmp_path / f"{domain}.png").stat().st_size > 20_000
+    assert page.strangers == [], "the page must ask no other server"
+    assert page.failures == []
+
+
+def test_menus_write_the_prompt_and_the_prompt_sets_the_menus(page: Page) -> None:
+    prompt = page.locator("#mv-prompt textarea")
+    expect(prompt).to_have_value(re.compile("melanoma"), timeout=WAIT_MS)
+    sex = page.locator("#mv-field-dermatology-sex input")
+    sex.click()
+    page.get_by_role("option", name="female", exact=True).click()
+    expect(prompt).to_have_value(re.compile("woman|female"))
+    prompt.fill("a dermoscopic image with nevus (NV) on a quokka")
+    prompt.blur()
+    expect(page.locator("#mv-unknown textarea, #mv-unknown input")).to_have_value(re.compile("quokka"))
+
+
+def test_what_a_person_types_is_shown_as_text(page: Page) -> None:
+    prompt = page.locator("#mv-prompt textarea")
+    set_steps(page, 1)
+    prompt.fill('melanoma <img src=x onerror="window.hacked=1"> **bold**')
+    prompt.blur()
+    page.locator("#mv-generate").click()
+    expect(page.locator("#mv-progress")).to_contain_text("Done in", timeout=WAIT_MS)
+    expect(page.locator("#mv-warnings textarea")).to_be_visible()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img[src=x]").count() == 0
+    prompt.fill("<b id=planted>x</b>" * 30)
+    page.locator("#mv-generate").click()
+    assert page.locator("#planted").count() == 0
+
+
+def test_a_run_can_be_cancelled_and_what_was_shown_comes_back(page: Page) -> None:
+    expect(page.locator("#mv-baseline img")).to_be_visible(timeout=WAIT_MS)
+    set_steps(page, 50)
+    page.locator("#mv-generate").click()
+    expect(page.locator("#mv-cancel")).to_be_enabled()
+    page.locator("#mv-cancel").click()
+    expect(page.locator("#mv-progress")).to_contain_text("Cancelled", timeout=WAIT_MS)
+    expect(page.locator("#mv-generate")).to_be_enabled(timeout=WAIT_MS)
+    expect(page.locator("#mv-baseline img")).to_be_visible()
+    expect(page.locator("#mv-shown textarea")).to_have_value(re.compile(f"{STEPS} steps"))
