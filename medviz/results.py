@@ -24,7 +24,7 @@ class Request:
     adapter: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preview:
     """One denoising step of a running comparison.
 
@@ -69,7 +69,7 @@ class RegionAttention:
     aligned_cnr: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WordAttention:
     """Where one word looked. baseline, aligned: float32 (H, W) in [0, 1] on one scale for the pair."""
 
@@ -83,7 +83,7 @@ class WordAttention:
         return {"word": self.word, "regions": [dict(vars(region)) for region in self.regions]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drawing:
     """One generated image (PIL RGB, unlabelled) and the region masks, bool (H, W), found on it."""
 
@@ -91,7 +91,7 @@ class Drawing:
     outlines: Mapping[str, Mask] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """Baseline and aligned images of one request, from the same noise, with everything measured on them.
 
@@ -140,7 +140,7 @@ class Pair:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grounding:
     """Where a phrase is found on a real image.
 

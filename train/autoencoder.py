@@ -29,7 +29,7 @@ from diffusers.training_utils import EMAModel
 
 from medviz.errors import InputError
 from train import seeding
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
 from train.datasets.split import open_split
 from train.loop import fit
@@ -265,5 +265,5 @@ class AutoencoderLearner:
 
 def main(arguments: list[str]) -> None:
     """`python -m train autoencoder RECIPE [overrides]`."""
-    config = read_recipe(arguments[0], AutoencoderConfig, arguments[1:])
+    config = parse(arguments, AutoencoderConfig)
     fit(AutoencoderLearner(config, [open_split(d, "train").images(config.size_px) for d in config.domains]), config)

@@ -19,17 +19,20 @@ from safetensors.torch import load_file, save_file
 from medviz.errors import ModelError
 
 FORMAT_VERSION = 1
+_FILES = ("tensors.safetensors", "state.json")
 _NAME = re.compile(r"checkpoint-(\d{8})$")
 
 
-def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `tensors` under numbers (keys of a state may look alike)."""
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {"__tensor__": path}
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"__tensor__": name}
     if isinstance(value, Mapping):
-        return {"__items__": [[k, _pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        return {"__items__": [[k, _pack(v, tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return [_pack(v, tensors) for v in value]
     return value
 
 
@@ -67,19 +70,25 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 1) -> Pa
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     tensors: dict[str, torch.Tensor] = {}
-    tree = _pack(dict(state), "", tensors)
+    tree = _pack(dict(state), tensors)
     save_file(tensors, temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "state": tree}))
-    names = ("tensors.safetensors", "state.json")
-    for name in names:
+    for name in _FILES:
         _flush(temporary / name)
-    files = {n: {"sha256": _sha256(temporary / n), "bytes": (temporary / n).stat().st_size} for n in names}
+    files = {n: {"sha256": _sha256(temporary / n), "bytes": (temporary / n).stat().st_size} for n in _FILES}
     (temporary / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files}))
     _flush(temporary / "manifest.json")
     _flush(temporary)
-    if place.exists():
-        shutil.rmtree(place)
-    os.replace(temporary, place)
+    if place.exists():  # a folder cannot replace a folder; the old one steps aside and comes back should that fail
+        aside = folder / f".writing-old-{place.name}-{os.getpid()}"
+        place.rename(aside)
+        try:
+            os.replace(temporary, place)
+        except OSError:
+            aside.rename(place)
+            raise
+    else:
+        os.replace(temporary, place)
     _flush(folder)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"checkpoint-{old:08d}")
@@ -109,9 +118,13 @@ def load(folder: Path) -> tuple[int, dict[str, Any]]:
         manifest = json.loads((place / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"checkpoint {place} has no readable manifest: {error}") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ModelError(f"checkpoint {place} has format {manifest.get('format_version')}, this program reads {FORMAT_VERSION}")
-    for name, expected in manifest["files"].items():
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ModelError(f"checkpoint {place} has format {found}, this program reads {FORMAT_VERSION}")
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or set(listed) != set(_FILES):
+        raise ModelError(f"checkpoint {place} is damaged: its manifest does not list {' and '.join(_FILES)}")
+    for name, expected in listed.items():
         path = place / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
             raise ModelError(f"checkpoint {place} is damaged: {name} does not match its manifest")

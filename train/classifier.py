@@ -23,7 +23,7 @@ from medviz.errors import InputError
 from medviz.rewards.classifier import last_linear
 from train import augment, calibration, seeding
 from train.architectures import ARCHITECTURES
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse
 from train.datasets.split import Split, open_split, source_weights
 from train.loop import fit
 
@@ -102,7 +102,7 @@ def read_examples(split: Split, config: ClassifierConfig, heads: Sequence[str], 
                 weights[row, column] = trust if f"artefact_{head}" in split.records[i] else 1.0
     groups, shares = split.groups, source_weights(split, config.source_shares)
     return Examples(
-        images=split.images(config.size_px, chosen),
+        images=split.images(config.size_px, chosen.tolist()),
         targets=targets,
         weights=weights,
         sampling=shares[chosen] * rarity(targets, weights, config.rarity_power, config.max_rarity),
@@ -124,10 +124,10 @@ class ClassifierLearner:
 
     def __init__(self, config: ClassifierConfig, heads: Sequence[str], train: Examples, validation: Examples) -> None:
         """Raises InputError for a role or architecture that does not exist, or without images."""
-        choices = {"role": (config.role, HALVES), "architecture": (config.architecture, ARCHITECTURES)}
-        for what, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise InputError(f"unknown {what} {value!r}; allowed: {', '.join(allowed)}")
+        if config.role not in HALVES:
+            raise InputError(f"unknown role {config.role!r}; allowed: {', '.join(HALVES)}")
+        if config.architecture not in ARCHITECTURES:
+            raise InputError(f"unknown architecture {config.architecture!r}; allowed: {', '.join(ARCHITECTURES)}")
         if len(train) == 0 or len(validation) == 0:
             raise InputError(f"no labelled images of {config.domain}: {len(train)} train, {len(validation)} validation")
         self.config, self.heads, self.train, self.validation = config, tuple(heads), train, validation
@@ -323,7 +323,7 @@ def round_to_bfloat16(model: nn.Module) -> None:
 
 def main(arguments: list[str]) -> None:
     """`python -m train classifier RECIPE [overrides]`."""
-    config = read_recipe(arguments[0], ClassifierConfig, arguments[1:])
+    config = parse(arguments, ClassifierConfig)
     if config.role not in HALVES:
         raise InputError(f"unknown role {config.role!r}; allowed: {', '.join(HALVES)}")
     heads = [head.name for head in get_domain(config.domain).heads]

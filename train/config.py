@@ -1,8 +1,10 @@
 """Recipes: one YAML file a stage, domain and preset, read into a dataclass and overridden on the command line."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import tyro
@@ -34,12 +36,25 @@ class StageConfig:
 
 
 C = TypeVar("C", bound=StageConfig)
+_PROGRAM = "python -m train STAGE RECIPE"
+
+
+def parse(arguments: Sequence[str], config_class: type[C]) -> C:
+    """The configuration of a stage from its command line: a recipe, then overrides; `--help` alone lists the options.
+
+    Raises InputError when no recipe is named, and as `read_recipe`.
+    """
+    if not arguments:
+        raise InputError("name a recipe, e.g. one of train/recipes/, or --help for the options")
+    if arguments[0] in ("-h", "--help"):
+        return tyro.cli(config_class, args=["--help"], prog=_PROGRAM)
+    return read_recipe(arguments[0], config_class, arguments[1:])
 
 
 def read_recipe(path: str | Path, config_class: type[C], overrides: Sequence[str] = ()) -> C:
     """The recipe at `path` as a `config_class`, with command-line `overrides` such as ``--steps 5`` applied.
 
-    Raises InputError for an unreadable file or a key the stage does not know.
+    Raises InputError for an unreadable file, a key the stage does not know, or a value of the wrong type.
     """
     try:
         content: Any = yaml.safe_load(Path(path).read_text())
@@ -47,9 +62,37 @@ def read_recipe(path: str | Path, config_class: type[C], overrides: Sequence[str
         raise InputError(f"cannot read the recipe {path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"the recipe {path} must be a mapping of options, found {type(content).__name__}")
-    known = {f.name for f in fields(config_class)}
-    unknown = sorted(set(content) - known)
+    known = {f.name: f for f in fields(config_class)}
+    unknown = sorted(map(str, set(content) - set(known)))
     if unknown:
         raise InputError(f"the recipe {path} has unknown options {unknown}; allowed are {sorted(known)}")
-    content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    return tyro.cli(config_class, default=config_class(**content), args=list(overrides), prog="python -m train STAGE RECIPE")
+    types = typing.get_type_hints(config_class)
+    values = {name: _typed(value, types[name], f"{path}: {name}") for name, value in content.items()}
+    for name, option in known.items():
+        if name not in values and option.default is MISSING and option.default_factory is MISSING:
+            values[name] = tyro.MISSING  # the command line must give it
+    return tyro.cli(config_class, default=config_class(**values), args=list(overrides), prog=_PROGRAM)
+
+
+def _typed(value: Any, wanted: Any, name: str) -> Any:
+    """`value` as YAML gave it, as the type `wanted`; InputError with `name` when it is none.
+
+    YAML 1.1 reads 1e-3, which lacks a dot, as text: a text that reads as a number is one where a number is wanted.
+    """
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return _typed(value, next(t for t in inner if t is not NoneType), name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(item, inner[0], name) for item in value)
+    if (origin or wanted) in (dict, Mapping) and isinstance(value, dict):
+        return {key: _typed(item, inner[1], name) if inner else item for key, item in value.items()}
+    if wanted is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if wanted in (int, bool, str) and type(value) is wanted:
+        return value
+    raise InputError(f"{name} must be {getattr(wanted, '__name__', wanted)}, found {value!r}")

@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModelWi
 
 from medviz.domains import get_domain
 from train import seeding
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse
 from train.datasets.latents import dihedral, to_pixels
 from train.datasets.split import Split, open_split
 from train.loop import fit
@@ -149,5 +149,5 @@ def _without_prefix(source: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 
 def main(arguments: list[str]) -> None:
     """`python -m train contrastive RECIPE [overrides]`."""
-    config = read_recipe(arguments[0], ContrastiveConfig, arguments[1:])
+    config = parse(arguments, ContrastiveConfig)
     fit(ContrastiveLearner(config, open_split(config.domain, "train"), open_split(config.domain, "validation")), config)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from medviz.domains import get_domain
 from medviz.errors import InputError
 from train import seeding
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse
 from train.datasets.latents import split_latents
 from train.datasets.split import Split, open_split, source_weights
 from train.loop import fit
@@ -223,5 +223,5 @@ def save_pipeline(folder: Path, vae: AutoencoderTiny, text_encoder: CLIPTextMode
 
 def main(arguments: list[str]) -> None:
     """`python -m train diffusion RECIPE [overrides]`."""
-    config = read_recipe(arguments[0], DiffusionConfig, arguments[1:])
+    config = parse(arguments, DiffusionConfig)
     fit(DiffusionLearner(config, open_split(config.domain, "train"), open_split(config.domain, "validation")), config)

@@ -5,6 +5,7 @@ A stage supplies a :class:`Learner`; the loop knows nothing of what is learnt.
 
 import json
 import logging
+import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -48,6 +49,7 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
         start, state = checkpoint.load(out)
         trained_s = state.pop("trained_s")
         learner.load_state(state)
+        _forget_after(out / "metrics.jsonl", start)
     elif checkpoint.steps(out):
         raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
     began = saved = time.monotonic()
@@ -75,5 +77,14 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
                 logger.warning("stopped at step %d of %d after %.1f minutes; --resume goes on", step + 1, config.steps, config.max_minutes)
                 return None
     metrics = {**learner.export(out / "model"), "steps": config.steps, "seed": config.seed, "trained_s": round(elapsed(), 1)}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    writing = out / ".metrics.json.writing"
+    writing.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    os.replace(writing, out / "metrics.json")
     return metrics
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines of steps that the checkpoint of `step` does not hold: a resumed run makes and logs them again."""
+    if log.is_file():
+        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        log.write_text("".join(kept))

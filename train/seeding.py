@@ -12,7 +12,8 @@ import torch
 
 def key(seed: int, *names: str | int) -> int:
     """A 63-bit integer that depends on every part of its name, equal on every machine."""
-    digest = hashlib.blake2b(repr((int(seed), *names)).encode(), digest_size=8).digest()
+    parts = tuple(name if isinstance(name, str) else int(name) for name in names)
+    digest = hashlib.blake2b(repr((int(seed), *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

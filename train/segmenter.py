@@ -25,7 +25,7 @@ from medviz.errors import InputError
 from medviz.grounding.anatomy import BACKGROUND, LESION, LUNGS, regions_of
 from train import augment, seeding
 from train.classifier import renormalise, round_to_bfloat16
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse
 from train.datasets.split import Split, boxes, open_split
 from train.loop import fit
 
@@ -315,7 +315,7 @@ def read_others(split: Split, size_px: int) -> Masks:
 
 def main(arguments: list[str]) -> None:
     """`python -m train segmenter RECIPE [overrides]`."""
-    config = read_recipe(arguments[0], SegmenterConfig, arguments[1:])
+    config = parse(arguments, SegmenterConfig)
     train, validation = (open_split(config.domain, name) for name in ("train", "validation"))
     learner = SegmenterLearner(
         config,

@@ -17,7 +17,7 @@ import torch
 from medviz.errors import InputError, ModelError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from medviz.grounding.capture import AttentionMaps
@@ -236,7 +236,7 @@ def sample(
     return latents.clone()
 
 
-def _scale_and_shift(vae: torch.nn.Module) -> tuple[float, float]:
+def _scale_and_shift(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float]:
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
 

@@ -206,4 +206,4 @@ def _between(right: Mask, left: Mask) -> Mask:
     inner_left = np.where(left, columns, right.shape[1]).min(axis=1)
     rows = right.any(axis=1) & left.any(axis=1)
     between = (columns > inner_right[:, None]) & (columns < inner_left[:, None])
-    return between & rows[:, None] & ~right & ~left
+    return between & rows.reshape(-1, 1) & ~right & ~left

@@ -109,9 +109,10 @@ def safe_rewards(reward: RewardFunction, drawn: Drawn) -> SafeRewards:
 
     Where the batch as a whole raises, its images are tried one by one, so that one bad image costs no other its reward.
     """
+    failures: list[str] = []
     with torch.no_grad():
         try:
-            values, failures = _rewarded(reward, drawn), []
+            values = _rewarded(reward, drawn)
         except _FAILURES as error:
             values, failures = _one_by_one(reward, drawn) if len(drawn) > 1 else (_nothing(drawn), [repr(error)])
     valid = torch.isfinite(values)

@@ -13,7 +13,8 @@ from medviz.images import to_tensor
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 
-JUDGE = "judge"
+Role = Literal["reward", "judge"]
+JUDGE: Role = "judge"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Score:
     """
 
     name: str
-    role: Literal["reward", "judge"]
+    role: Role
     baseline: float | None
     aligned: float | None
     higher_is_better: bool = True
@@ -68,7 +69,7 @@ def score_pair(
 
 
 def _scores(
-    role: Literal["reward", "judge"],
+    role: Role,
     classifier: AttributeClassifier,
     domain: Domain,
     parsed: ParsedPrompt,

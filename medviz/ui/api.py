@@ -100,7 +100,9 @@ class Endpoints:
 def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> None:
     """Build the API tab inside an open gr.Tab and register the endpoints."""
     gr.Markdown(_GUIDE.format(domains=" or ".join(f"`{name}`" for name in domains)))
-    gr.Code(_CODE.format(domain=domains[0], prompt=prompt, word=word), language="python", interactive=False)
+    gr.Code(
+        _CODE.format(domain=domains[0], prompt=prompt, word=word), language="python", label="Python", interactive=False
+    )
     endpoints = Endpoints(studio)
     with gr.Group(visible=False):
         request = [

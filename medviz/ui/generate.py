@@ -28,6 +28,7 @@ from medviz.ui.result_panel import LIGHT, ResultPanel, Updates
 from medviz.ui.running import Runs, stream
 
 WAITING = "Waiting for the models"
+EMPTY = "Choose a prompt and press Generate."
 STORED = "A stored example: no model was needed to show it."
 
 
@@ -64,6 +65,20 @@ class GenerateTab:
             elem_id="mv-unknown",
         )
         with gr.Row():
+            self.seed = gr.Number(
+                first.examples[0].seed,
+                label="Seed",
+                info="The same seed gives the same noise.",
+                precision=0,
+                minimum=MIN_SEED,
+                maximum=MAX_SEED,
+                min_width=150,
+                elem_id="mv-seed",
+            )
+            with gr.Column(min_width=120):
+                self.keep_seed = gr.Checkbox(True, label="Keep this seed", container=False)
+                self.dice = gr.Button("New seed", size="sm", elem_id="mv-dice")
+        with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", elem_id="mv-generate", scale=3, min_width=120)
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="mv-cancel", min_width=80)
         with gr.Accordion("Prompt menus", open=True):
@@ -72,16 +87,10 @@ class GenerateTab:
                 for name in self.domains
             }
         with gr.Accordion("Settings", open=False, elem_id="mv-settings"):
-            self._build_settings(first.name, first.examples[0].seed)
+            self._build_settings(first.name)
         self.galleries = {name: self._build_examples(name, visible=name == first.name) for name in self.domains}
 
-    def _build_settings(self, domain: str, seed: int) -> None:
-        with gr.Row():
-            self.seed = gr.Number(
-                seed, label="Seed", precision=0, minimum=MIN_SEED, maximum=MAX_SEED, min_width=130, elem_id="mv-seed"
-            )
-            self.keep_seed = gr.Checkbox(True, label="Keep this seed", min_width=110)
-            self.dice = gr.Button("New seed", min_width=90, elem_id="mv-dice")
+    def _build_settings(self, domain: str) -> None:
         self.steps = gr.Slider(MIN_STEPS, MAX_STEPS, DEFAULT_STEPS, step=1, label="Denoising steps", elem_id="mv-steps")
         self.guidance = gr.Slider(
             MIN_GUIDANCE_SCALE,
@@ -150,7 +159,9 @@ class GenerateTab:
         """Return what a fresh page shows: the first domain's first stored example."""
         name = self.domains[0]
         pairs = self.examples.get(name, [])
-        return self._request_of(name, pairs[0]) | self.panel.show(pairs[0], STORED) if pairs else {}
+        if not pairs:
+            return {self.panel.progress: views.status(EMPTY)}
+        return self._request_of(name, pairs[0]) | self.panel.show(pairs[0], STORED)
 
     def outputs_of_open_page(self) -> list[Any]:
         """Return the components that `open_page` sets."""
@@ -177,7 +188,7 @@ class GenerateTab:
         updates[self.guidance] = default_guidance_scale(self.studio, name)
         if pairs:
             return updates | self.panel.show(pairs[0], STORED)
-        return updates | self.panel.show(None, "Choose a prompt and press Generate.")
+        return updates | self.panel.show(None, EMPTY)
 
     def _read_prompt(self, name: str, prompt: str) -> Updates:
         return self.builders[name].read(prompt)
@@ -245,7 +256,9 @@ class GenerateTab:
                     else:
                         yield self.panel.show(found, f"Done in {found.timings_s['total']:.1f} s.")
             except Cancelled as stopped:
-                yield self.panel.show(previous, str(stopped))
+                # Whoever turned the switch has already put something else on the screen.
+                if not switch.is_set():
+                    yield self.panel.show(previous, str(stopped))
             except (MedvizError, RuntimeError, OSError, MemoryError):
                 # What was shown before comes back: a failed request loses nothing.
                 yield self.panel.show(previous, "The request failed.")

@@ -17,6 +17,7 @@ from medviz.ui.guard import telling
 from medviz.ui.result_panel import LIGHT, STATE_LIFETIME_S, Updates
 from medviz.ui.views import Look
 
+_LIMITS = f"at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_IMAGE_PIXELS // 10**6} megapixels"
 _CAVEAT = (
     "The map shows where the *generator* reads the phrase in this image. It is no detector: it also lights up for "
     "findings that are not there, and must not be used for any decision about a patient. *No image* is the same phrase "
@@ -42,8 +43,7 @@ class GroundTab:
         self.domain = gr.Radio(choices, value=domains[0], label="Domain", elem_id="mv-ground-domain")
         # A file, not an image component: what comes in is judged by the program's own limits, with its own messages.
         self.image = gr.File(
-            label=f"Image: PNG, JPEG, WebP, BMP or TIFF, up to {MAX_UPLOAD_BYTES // 2**20} MiB and "
-            f"{MAX_IMAGE_PIXELS // 10**6} million pixels",
+            label="Image",
             type="filepath",
             height=150,
             elem_id="mv-ground-image",
@@ -56,12 +56,13 @@ class GroundTab:
         )
         self.adapter = gr.Dropdown(adapter_choices(self.studio, domains[0]), value="", label="Adapter")
         self.find = gr.Button("Find the phrase", variant="primary", elem_id="mv-ground-find")
-        gr.Markdown(_CAVEAT, elem_classes="mv-note")
+        gr.Markdown(f"PNG, JPEG, WebP, BMP or TIFF, {_LIMITS}. {_CAVEAT}", elem_classes="mv-note")
 
     def _build_result(self) -> None:
         self.grounding = gr.State(None, time_to_live=STATE_LIFETIME_S)
         self.picture = gr.Image(
             label="Where the phrase looks",
+            alt_text="The uploaded image with the phrase's heat map",
             type="filepath",
             format="png",
             interactive=False,
@@ -133,7 +134,7 @@ class GroundTab:
         }
 
     def _look(self, kept: Grounding | None, outlined: bool, opacity: float) -> Updates:
-        return {} if kept is None else self._pictures(kept, outlined, opacity)
+        return {self.legend: ""} if kept is None else self._pictures(kept, outlined, opacity)
 
     def _pictures(self, kept: Grounding, outlined: bool, opacity: float) -> Updates:
         look = Look(kept.phrase, outlined, opacity)

@@ -30,7 +30,7 @@ class ResultPanel:
 
     def __init__(self) -> None:
         self.pair = gr.State(None, time_to_live=STATE_LIFETIME_S)
-        self.progress = gr.HTML(views.status("Choose a prompt and press Generate."), elem_id="mv-progress")
+        self.progress = gr.HTML("", elem_id="mv-progress")
         self._build_pictures()
         self.shown = gr.Textbox(label="Shown", interactive=False, lines=1, max_lines=4, elem_id="mv-shown")
         self._build_words()
@@ -53,8 +53,8 @@ class ResultPanel:
         )
         with gr.Tabs():
             with gr.Tab("Side by side"), gr.Row(elem_id="mv-pair"):
-                self.baseline = image(label="Baseline", elem_id="mv-baseline", min_width=140)
-                self.aligned = image(label="Aligned", elem_id="mv-aligned", min_width=140)
+                self.baseline = image(label="Baseline", elem_id="mv-baseline", min_width=140, alt_text="Baseline image")
+                self.aligned = image(label="Aligned", elem_id="mv-aligned", min_width=140, alt_text="Aligned image")
             with gr.Tab("Slider"):
                 self.slider = gr.ImageSlider(
                     type="filepath",
@@ -63,11 +63,12 @@ class ResultPanel:
                     label="Baseline left, aligned right",
                     buttons=["fullscreen"],
                     max_height=520,
-                    elem_classes="mv-well",
                     elem_id="mv-slider",
                 )
             with gr.Tab("Difference"):
-                self.difference = image(label="Difference", elem_id="mv-difference", height=500)
+                self.difference = image(
+                    label="Difference", elem_id="mv-difference", height=500, alt_text="Where the images differ"
+                )
                 self.difference_note = gr.HTML("", elem_classes="mv-note")
 
     def _build_words(self) -> None:
@@ -104,6 +105,7 @@ class ResultPanel:
             self.difference_note,
             self.shown,
             self.words,
+            self.outlined,
             self.legend,
             self.region_table,
             self.score_table,
@@ -111,21 +113,23 @@ class ResultPanel:
             *self.downloads,
         ]
 
-    def show(self, pair: Pair | None, text: str, outlined: bool = False) -> Updates:
-        """Show a pair, or an empty panel, with a line of text where the progress bar stands."""
+    def show(self, pair: Pair | None, text: str) -> Updates:
+        """Show a pair without overlays, or an empty panel, and a line of text where the progress bar stands."""
         if pair is None:
             updates: Updates = dict.fromkeys(self.outputs, None)
             updates |= {component: gr.update(value=None, interactive=False) for component in self.downloads}
             updates |= {self.difference_note: "", self.shown: "", self.progress: views.status(text)}
             updates |= {part: _filled("") for part in (self.legend, self.region_table, self.score_table)}
             updates[self.words] = gr.update(choices=[views.NO_WORD], value=views.NO_WORD)
+            updates[self.outlined] = False
             updates[self.warnings] = gr.update(value="", visible=False)
             return updates
         difference, note = views.shown_difference(pair)
         return {
             self.pair: pair,
             self.progress: views.status(text),
-            **self._pictures(pair, Look(None, outlined, 0.0)),
+            **self._pictures(pair, Look(word=None, outlined=False, opacity=0.0)),
+            self.outlined: False,
             self.difference: served_picture(difference, "difference"),
             self.difference_note: note,
             self.shown: f"{pair.prompt} | seed {pair.seed} | {pair.steps} steps | guidance {pair.guidance_scale:g} | "

@@ -46,7 +46,8 @@ CSS = """
 #mv-title h1 { font-size: 1.45rem; font-weight: 600; margin: 0; }
 #mv-title p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }
 #mv-notice { border-left: 4px solid #b45309; background: #fff7e6; color: #4a2c05; border-radius: 4px;
-  padding: .5rem .8rem; font-weight: 600; }
+  padding: .15rem .4rem; }
+#mv-notice * { font-weight: 600; }
 .dark #mv-notice { background: #3a2a10; color: #fde9c8; }
 .mv-well, .mv-well .image-container, .mv-well .image-frame, .mv-well .wrap { background: WELL !important; }
 .mv-well img { image-rendering: auto; }
@@ -69,6 +70,7 @@ CSS = """
 .mv-role { font-size: .78rem; padding: .05rem .45rem; border-radius: 3px; background: var(--neutral-200);
   color: #1c2430; }
 .mv-role.mv-judge { background: #d6e9ee; }
+.prose table, .prose tr, .prose th, .prose td { border-color: var(--border-color-primary) !important; }
 .mv-scroll { overflow-x: auto; }
 .mv-bar { height: .8rem; border-radius: 3px; border: 1px solid var(--border-color-primary);
   background: linear-gradient(to right, VIRIDIS); }
@@ -79,7 +81,10 @@ CSS = """
 .mv-progress { display: flex; align-items: center; gap: .8rem; font-size: .88rem; min-height: 1.6rem; }
 .mv-progress progress { flex: 1; height: .6rem; accent-color: #0f6674; }
 .mv-warnings textarea { color: #7a2e0e; } .dark .mv-warnings textarea { color: #fdba8c; }
-.mv-thumbs .grid-wrap { max-height: none; }
+.dark { --color-accent: #5cc3d1; }
+.mv-thumbs, .mv-thumbs .gallery-container, .mv-thumbs .grid-wrap { height: auto !important; min-height: 0 !important;
+  max-height: none !important; }
+.mv-thumbs .grid-wrap { padding-top: 2.2rem !important; }
 .mv-thumbs .thumbnail-lg, .mv-thumbs .thumbnail-item { aspect-ratio: 1.75 !important; }
 @media (max-width: 640px) {
   .gradio-container { padding: .4rem !important; }

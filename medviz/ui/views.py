@@ -138,7 +138,7 @@ def region_table(look: WordAttention, domain: str) -> str:
         for region in look.regions
     ]
     heads = ("Region", "Share, baseline", "Share, aligned", "Contrast, baseline", "Contrast, aligned")
-    return _table("Where the chosen word looked", heads, rows) if rows else ""
+    return _table("Where the chosen word looked", heads, rows) if rows else status("No region was found to measure in.")
 
 
 def shrunk(grounding: Grounding) -> Grounding:
@@ -185,7 +185,7 @@ def grounding_table(regions: Sequence[Mapping[str, object]], domain: str) -> str
         for row in regions
     ]
     heads = ("Region", "Share", "Share, no image", "Contrast", "Contrast, no image")
-    return _table("Where the phrase looked", heads, rows) if rows else ""
+    return _table("Where the phrase looked", heads, rows) if rows else status("No region was found to measure in.")
 
 
 def progress_bar(done: int, total: int, text: str) -> str:

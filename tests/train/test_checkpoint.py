@@ -131,7 +131,7 @@ for n in range(1, 40):
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], env=environment, check=True, timeout=280)
     folders = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     assert len(folders) >= 9, "the kills came at nine moments or more"
     found = []
@@ -193,7 +193,6 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.xfail(reason="the old folder of the same step is removed before the new one is renamed")
 def test_saving_a_step_again_never_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, 1, state(1))
 
@@ -206,7 +205,6 @@ def test_saving_a_step_again_never_leaves_no_checkpoint(tmp_path: Path, monkeypa
     assert checkpoint.load(tmp_path)[0] == 1
 
 
-@pytest.mark.xfail(reason="AttributeError, KeyError or FileNotFoundError instead of ModelError")
 @pytest.mark.parametrize("content", ["[]", '{"format_version": 1, "step": 4}', '{"format_version": 1, "files": {}}'])
 def test_a_manifest_that_lacks_its_files_is_an_error_with_a_name(tmp_path: Path, content: str) -> None:
     place = checkpoint.save(tmp_path, 4, state(4))
@@ -216,7 +214,6 @@ def test_a_manifest_that_lacks_its_files_is_an_error_with_a_name(tmp_path: Path,
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.xfail(reason="keys are joined with a slash that a key may hold, and 1 and '1' become one")
 @pytest.mark.parametrize("keys", [("a/b", "a"), (1, "1")])
 def test_tensors_under_keys_that_look_alike_stay_apart(tmp_path: Path, keys: tuple[Any, Any]) -> None:
     first, second = torch.zeros(2), torch.ones(2)

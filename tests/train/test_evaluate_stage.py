@@ -117,7 +117,7 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     assert stored["versions"]["torch"]
     with Image.open(tmp_path / "reports" / stored["contact_sheet"]) as sheet:
         assert sheet.width > 4 * tiny.IMAGE_SIZE_PX
-        assert "ynthetic" in sheet.text["Description"]
+        assert sheet.text["Synthetic"] == "yes"
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme)))

@@ -269,7 +269,6 @@ def test_checkpoints_come_at_the_interval_asked(tmp_path: Path, clock: Clock) ->
     assert checkpoint.steps(tmp_path) == [6], "after each third step of ten seconds"
 
 
-@pytest.mark.xfail(reason="lines logged after the checkpoint that a resume starts from stay in the log")
 def test_a_resumed_run_logs_each_step_once(tmp_path: Path, clock: Clock) -> None:
     settings: dict[str, Any] = {"steps": 10, "checkpoint_every_s": 25.0, "log_every": 1}
     with pytest.raises(KeyboardInterrupt):

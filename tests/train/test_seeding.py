@@ -90,7 +90,6 @@ def test_weights_count_only_in_proportion() -> None:
     assert np.array_equal(first, second)
 
 
-@pytest.mark.xfail(reason="repr of a NumPy integer is not that of an int")
 def test_a_numpy_integer_names_the_same_stream_as_an_int() -> None:
     assert seeding.key(0, "stage", np.int64(3)) == seeding.key(0, "stage", 3)
     assert torch.equal(seeding.normal((4,), 0, "s", 1, [3]), seeding.normal((4,), 0, "s", 1, list(np.array([3]))))

@@ -79,8 +79,13 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+@cache
+def imports_of(path: Path) -> tuple[tuple[str, int], ...]:
     """(dotted name, line) of every import that runs, also those inside functions; type-checking blocks do not run."""
+    return tuple(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[tuple[str, int]]:
     skipped = {
         id(inner)
         for node in ast.walk(tree_of(path))
@@ -338,6 +343,7 @@ def test_the_rules_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             if rule is test_no_two_rooms_import_each_other:
                 (tmp_path / "medviz/models/__init__.py").write_text("import medviz.errors\n")
                 tree_of.cache_clear()
+                imports_of.cache_clear()
             with pytest.raises(AssertionError):
                 rule()
         (tmp_path / "medviz/utils.py").unlink()
@@ -347,5 +353,5 @@ def test_the_rules_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "medviz/errors.py:1" in str(caught.value)
         assert "medviz/generation/__init__.py:2" in str(caught.value)
     finally:
-        sources.cache_clear()
-        tree_of.cache_clear()
+        for cached in (sources, tree_of, imports_of):
+            cached.cache_clear()

@@ -14,7 +14,8 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 pytestmark = [pytest.mark.web, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
-WAIT_MS = 60_000
+WAIT_MS = 900_000
+expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,9 @@ def page(browser, url: str) -> Iterator[Page]:
     opened.failures = []
     opened.on("request", lambda request: opened.strangers.append(request.url) if not _ours(request.url, url) else None)
     opened.on("pageerror", lambda error: opened.failures.append(str(error)))
+    opened.set_default_timeout(WAIT_MS)
     opened.goto(url)
-    expect(opened.locator("#mv-generate")).to_be_visible(timeout=WAIT_MS)
+    expect(opened.locator("#mv-generate")).to_be_visible()
     yield opened
     opened.close()
 
@@ -70,8 +72,8 @@ def _absolute(page: Page, source: str | None) -> str | None:
 
 def test_the_first_screen_shows_a_stored_pair_its_words_and_the_notice(page: Page) -> None:
     expect(page.locator("#mv-notice")).to_contain_text("Not for diagnosis")
-    expect(page.locator("#mv-baseline img")).to_be_visible(timeout=WAIT_MS)
-    expect(page.locator("#mv-words label")).not_to_have_count(1, timeout=WAIT_MS)
+    expect(page.locator("#mv-baseline img")).to_be_visible()
+    expect(page.locator("#mv-words label")).not_to_have_count(1)
     before = shown(page, "aligned")
     page.locator("#mv-words label").nth(1).click()
     wait_for_change(page, "aligned", before)
@@ -86,7 +88,7 @@ def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_pa
         prompt = page.locator("#mv-prompt textarea")
         expect(prompt).to_have_value(re.compile("X-ray" if domain == "radiology" else "dermoscopic"))
         page.locator("#mv-generate").click()
-        expect(page.locator("#mv-progress")).to_contain_text("Done in", timeout=WAIT_MS)
+        expect(page.locator("#mv-progress")).to_contain_text("Done in")
         expect(page.locator("#mv-shown textarea")).to_have_value(re.compile("2 steps"))
         plain = {side: shown(page, side) for side in ("baseline", "aligned")}
         assert plain["baseline"] != plain["aligned"]
@@ -103,7 +105,7 @@ def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_pa
 
 def test_menus_write_the_prompt_and_the_prompt_sets_the_menus(page: Page) -> None:
     prompt = page.locator("#mv-prompt textarea")
-    expect(prompt).to_have_value(re.compile("melanoma"), timeout=WAIT_MS)
+    expect(prompt).to_have_value(re.compile("melanoma"))
     sex = page.locator("#mv-field-dermatology-sex input")
     sex.click()
     page.get_by_role("option", name="female", exact=True).click()
@@ -119,7 +121,7 @@ def test_what_a_person_types_is_shown_as_text(page: Page) -> None:
     prompt.fill('melanoma <img src=x onerror="window.hacked=1"> **bold**')
     prompt.blur()
     page.locator("#mv-generate").click()
-    expect(page.locator("#mv-progress")).to_contain_text("Done in", timeout=WAIT_MS)
+    expect(page.locator("#mv-progress")).to_contain_text("Done in")
     expect(page.locator("#mv-warnings textarea")).to_be_visible()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img[src=x]").count() == 0
@@ -129,12 +131,12 @@ def test_what_a_person_types_is_shown_as_text(page: Page) -> None:
 
 
 def test_a_run_can_be_cancelled_and_what_was_shown_comes_back(page: Page) -> None:
-    expect(page.locator("#mv-baseline img")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#mv-baseline img")).to_be_visible()
     set_steps(page, 50)
     page.locator("#mv-generate").click()
     expect(page.locator("#mv-cancel")).to_be_enabled()
     page.locator("#mv-cancel").click()
-    expect(page.locator("#mv-progress")).to_contain_text("Cancelled", timeout=WAIT_MS)
-    expect(page.locator("#mv-generate")).to_be_enabled(timeout=WAIT_MS)
+    expect(page.locator("#mv-progress")).to_contain_text("Cancelled")
+    expect(page.locator("#mv-generate")).to_be_enabled()
     expect(page.locator("#mv-baseline img")).to_be_visible()
     expect(page.locator("#mv-shown textarea")).to_have_value(re.compile(f"{STEPS} steps"))

@@ -70,7 +70,10 @@ class Split:
 
     def image(self, i: int, size_px: int) -> np.ndarray:
         """Image `i` as uint8 RGB (size_px, size_px, 3)."""
-        return _decode(self.table["image"][i].as_py(), cv2.IMREAD_COLOR, size_px)
+        picture = _decode(self.table["image"][i].as_py(), cv2.IMREAD_COLOR, size_px)
+        if picture is None:
+            raise InputError(f"record {i} of {self.domain} {self.name} has no image")
+        return picture
 
     def images(self, size_px: int, indices: Sequence[int] | None = None) -> np.ndarray:
         """All (or the chosen) images as uint8 (N, size_px, size_px, 3)."""
@@ -107,7 +110,18 @@ def open_split(domain: str, split: str, root: str | Path | None = None) -> Split
             f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {domain}/, or build the shards "
             "from the publishers' folders with `python -m train prepare --help`"
         )
-    return Split(domain, split, pa.concat_tables([pq.read_table(path) for path in shards], promote_options="default"))
+    total = int(shards[0].stem.rsplit("-", 1)[1])
+    missing = [name for i in range(total) if not (folder / (name := f"{split}-{i:05d}-of-{total:05d}.parquet")).is_file()]
+    if missing or len(shards) != total:
+        raise InputError(f"the {split} shards in {folder} are not one set of {total}: missing {missing or 'none, but others lie beside'}")
+    return Split(domain, split, pa.concat_tables([_read_shard(path) for path in shards], promote_options="default"))
+
+
+def _read_shard(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged or no parquet file: {error}") from error
 
 
 def source_weights(split: Split, shares: Mapping[str, float]) -> np.ndarray:
@@ -117,6 +131,9 @@ def source_weights(split: Split, shares: Mapping[str, float]) -> np.ndarray:
     """
     sources = [r["source"] for r in split.records]
     counts = {s: sources.count(s) for s in set(sources)}
+    unknown = sorted(set(shares) - set(counts))
+    if unknown:
+        raise InputError(f"no images come from {unknown}; the sources are {sorted(counts)}")
     total = sum(shares.get(s, counts[s] / len(sources)) for s in counts)
     return np.array([shares.get(s, counts[s] / len(sources)) / total / counts[s] for s in sources])
 

@@ -32,7 +32,7 @@ from medviz.models.manifest import FileRecord
 from medviz.rewards.attribute import attribute_reward, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from train import seeding
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
 from train.datasets.split import Split, open_split
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
@@ -52,6 +52,7 @@ from train.evaluate.measure import (
 from train.evaluate.report import FORMAT_VERSION
 
 SHEET_PROMPTS, SHEET_SEEDS = 8, 4
+SHEET_TEXT = {"Synthetic": "yes", "Description": "Synthetic images", "Software": f"medviz {__version__}"}
 VERSIONED = ("torch", "diffusers", "transformers", "peft", "numpy", "torchmetrics")
 
 logger = logging.getLogger(__name__)
@@ -292,7 +293,7 @@ def _write_sheets(
             names=("baseline", f"aligned: {adapter}"),
         )
         for folder in _folders(config):
-            write_sheet(folder / name, sheet, {"Description": "Synthetic images", "Software": f"medviz {__version__}"})
+            write_sheet(folder / name, sheet, SHEET_TEXT)
     return names[0] if names else None
 
 
@@ -357,5 +358,5 @@ def main(arguments: list[str]) -> None:
     """`python -m train evaluate RECIPE [overrides]`."""
     if not arguments:
         raise InputError("name the recipe, e.g. train/recipes/evaluate-dermatology-cpu.yaml")
-    config = read_recipe(arguments[0], EvaluateConfig, arguments[1:])
+    config = parse(arguments, EvaluateConfig)
     run(config, command=f"python -m train evaluate {shlex.join(arguments)}")

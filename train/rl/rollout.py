@@ -71,8 +71,8 @@ def roll_out(
             weighed.append(step.log_prob.cpu())
         chains.append(torch.stack(chain, 1))
         log_probs.append(torch.stack(weighed, 1))
-    chain, weighed = torch.cat(chains), torch.cat(log_probs)
-    return Rollout(np.asarray(prompt_ids), tuple(int(i) for i in indices), chain[:, -1], chain, weighed)
+    whole = torch.cat(chains)
+    return Rollout(np.asarray(prompt_ids), tuple(int(i) for i in indices), whole[:, -1], whole, torch.cat(log_probs))
 
 
 def policy_step(

@@ -147,10 +147,10 @@ class Watch:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""
-        self.history = [
-            Evaluation(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in e.items()})
-            for e in state["history"]
+        looks = [
+            {**e, "rewards": tuple(e["rewards"]), "judge_scores": tuple(e["judge_scores"])} for e in state["history"]
         ]
+        self.history = [Evaluation(**look) for look in looks]
         self.best = next((e for e in self.history[1:] if e.epoch == state["best_epoch"]), None)
         self.stopped = state["stopped"]
 

@@ -18,7 +18,7 @@ from medviz.grounding.anatomy import Segmenter
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.registry import Drawn, SafeRewards, get_reward, safe_rewards
-from train.config import read_recipe
+from train.config import parse
 from train.datasets.latents import split_latents
 from train.datasets.split import open_split
 from train.diffusion import sample_weights
@@ -93,7 +93,7 @@ def open_anchor(config: RlConfig, pipeline: StableDiffusionPipeline, domain: Dom
 
 def main(arguments: list[str]) -> None:
     """`python -m train rl RECIPE [overrides]`."""
-    config = read_recipe(arguments[0], RlConfig, arguments[1:])
+    config = parse(arguments, RlConfig)
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None

@@ -1,0 +1,164 @@
+"""The page's parts without a server: markup is escaped, messages are safe, runs stop, files are written whole."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+
+from medviz.errors import Cancelled, InputError, ModelError
+from medviz.results import Drawing, Pair, Preview, RegionAttention, Score, WordAttention
+from medviz.ui import views
+from medviz.ui.files import served
+from medviz.ui.guard import telling
+from medviz.ui.running import Runs, stream
+from medviz.ui.theme import CSS
+
+SIDE = 32
+
+
+def a_pair() -> Pair:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[8:20, 8:20] = True
+    ramp = np.tile(np.linspace(0, 1, SIDE, dtype=np.float32), (SIDE, 1))
+    look = WordAttention("hair", ramp, ramp[:, ::-1], (RegionAttention("lesion", 0.25, 0.5, None, 2.0),))
+    return Pair(
+        domain="dermatology",
+        prompt="<b>hair</b>",
+        seed=1,
+        steps=2,
+        guidance_scale=3.0,
+        adapter="attribute",
+        models={},
+        words=("hair",),
+        baseline=Drawing(image, {"lesion": mask, "skin": ~mask}),
+        aligned=Drawing(image, {"lesion": mask, "skin": ~mask}),
+        scores=(
+            Score("Hair", "reward", 0.25, 0.75),
+            Score("Ink <i>", "reward", 0.5, 0.25),
+            Score("Hair", "judge", 0.5, None),
+            Score("Ink <i>", "judge", 0.5, 0.501),
+        ),
+        warnings=(),
+        timings_s={},
+        look_up=lambda word: look,
+    )
+
+
+def test_tables_say_better_worse_same_and_not_computed_and_escape_names() -> None:
+    table = views.score_table(a_pair())
+    assert "▲ +0.50 better" in table
+    assert "▼ -0.25 worse" in table
+    assert "same" in table
+    assert views.NOT_COMPUTED in table
+    assert "<i>" not in table
+    assert table.index("held out") < table.index("trained on")
+    lower = replace(a_pair(), scores=(Score("Error", "judge", 0.5, 0.25, higher_is_better=False),))
+    assert "▼ -0.25 better" in views.score_table(lower)
+
+
+def test_the_region_table_names_regions_and_what_is_missing() -> None:
+    table = views.region_table(a_pair().attention("hair"), "dermatology")
+    assert "Lesion" in table
+    assert "25 %" in table
+    assert views.NOT_COMPUTED in table
+
+
+def test_a_word_and_outlines_change_what_is_shown_and_the_label_stays_below() -> None:
+    pair = a_pair()
+    plain = views.shown_pair(pair, views.Look(None, False, 0.6))
+    word = views.shown_pair(pair, views.Look("hair", False, 0.6))
+    lined = views.shown_pair(pair, views.Look(None, True, 0.6))
+    assert plain[0].tobytes() == plain[1].tobytes()
+    assert word[0].tobytes() != word[1].tobytes()
+    assert len({image.tobytes() for image in (plain[0], word[0], lined[0])}) == 3
+    assert plain[0].height > views.DISPLAY_SIDE_PX
+    assert "Lesion" in views.legend(pair.baseline.outlines, views.Look("hair", True, 0.6), "dermatology")
+    assert views.legend(pair.baseline.outlines, views.Look(None, False, 0.6), "dermatology") == ""
+
+
+def test_zones_inside_a_lung_are_not_outlined_beside_it() -> None:
+    lung = np.zeros((SIDE, SIDE), bool)
+    lung[4:28, 4:14] = True
+    zone = lung.copy()
+    zone[12:] = False
+    assert list(views.main_outlines({"right_lung": lung, "right_upper_zone": zone, "empty": ~lung & lung})) == [
+        "right_lung"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "hidden"),
+    [
+        (InputError("<script>alert(1)</script> is no prompt"), "&lt;script&gt;", "<script>"),
+        (ModelError("/secret/unet is damaged"), "log", "secret"),
+        (RuntimeError("/secret/x"), "log", "secret"),
+        (Cancelled("stopped after 120 s"), "Stopped after 120 s.", "log"),
+    ],
+)
+def test_messages_tell_mistakes_in_full_and_failures_in_general(error: Exception, said: str, hidden: str) -> None:
+    with pytest.raises(gr.Error) as caught, telling():
+        raise error
+    assert said in caught.value.message
+    assert hidden not in caught.value.message
+
+
+def test_a_stream_yields_what_the_work_reports_then_its_result_or_its_error() -> None:
+    steps = [Preview("baseline", number, 2, None) for number in (1, 2)]
+    pair = a_pair()
+
+    def work(report: Callable[[Preview], None]) -> Pair:
+        for step in steps:
+            report(step)
+        return pair
+
+    assert list(stream(work)) == [*steps, pair]
+
+    def fail(report: Callable[[Preview], None]) -> Pair:
+        report(steps[0])
+        raise InputError("no")
+
+    seen = []
+    with pytest.raises(InputError):
+        seen.extend(stream(fail))
+    assert len(list(seen)) <= 1
+
+
+def test_a_session_runs_one_thing_at_a_time_and_can_stop_it() -> None:
+    runs = Runs()
+    runs.stop("nobody")
+    with runs.running("a") as first, runs.running("b") as other, runs.running("a") as second:
+        assert first.is_set(), "a new run of the session stops the older one"
+        assert not second.is_set()
+        runs.stop("a")
+        assert second.is_set()
+        assert not other.is_set()
+    assert other.is_set(), "a run that was left counts as stopped"
+    assert runs._switches == {}
+
+
+def test_served_files_are_whole_and_named_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    content = bytes(range(256)) * 2000
+    paths: list[str] = []
+    threads = [threading.Thread(target=lambda: paths.append(served(content, "../../x/shown.png"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 1
+    path = Path(paths[0])
+    assert path.read_bytes() == content
+    assert path.is_relative_to(tmp_path)
+    assert [found.name for found in path.parent.iterdir()] == ["shown.png"]
+    assert served(content + b".", "shown.png") != paths[0]
+
+
+def test_looks_ask_no_other_server() -> None:
+    assert "http" not in CSS
+    assert "@import" not in CSS
