@@ -23,7 +23,11 @@ STAGES = {
 def usage() -> str:
     """The stages, a line each."""
     lines = [f"  {name:12s} {text}" for name, (_, text) in STAGES.items()]
-    return "usage: python -m train STAGE RECIPE [--option value ...]\n\nstages:\n" + "\n".join(lines) + "\n\n`python -m train STAGE RECIPE --help` lists a stage's options."
+    return (
+        "usage: python -m train STAGE RECIPE [--option value ...]\n\nstages:\n"
+        + "\n".join(lines)
+        + "\n\n`python -m train STAGE RECIPE --help` lists a stage's options."
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -49,15 +49,27 @@ SOURCES: dict[str, list[dict[str, str]]] = {
             "licence": "CC BY 4.0",
             "citation": "Kermany, Zhang, Goldbaum 2018, doi 10.17632/rscbjbr9sj",
         },
-        {"source": "Hannover COVID-19", "licence": "CC BY 3.0", "citation": "Winther et al. 2020, COVID-19 image repository, Hannover Medical School"},
+        {
+            "source": "Hannover COVID-19",
+            "licence": "CC BY 3.0",
+            "citation": "Winther et al. 2020, COVID-19 image repository, Hannover Medical School",
+        },
         {
             "source": "covid-chestxray-dataset",
             "licence": "per image, CC BY-NC-SA 4.0 at the strictest",
             "citation": "Cohen et al. 2020, arXiv 2006.11988",
         },
-        {"source": "RSNA boxes (wording of prompts)", "licence": "not redistributed", "citation": "Shih et al. 2019, doi 10.1148/ryai.2019180041"},
+        {
+            "source": "RSNA boxes (wording of prompts)",
+            "licence": "not redistributed",
+            "citation": "Shih et al. 2019, doi 10.1148/ryai.2019180041",
+        },
         {"source": "lung masks by v7labs", "licence": "CC BY 4.0", "citation": "v7labs covid-19-xray-dataset"},
-        {"source": "lung boxes and segmentations by GeneralBlockchain", "licence": "CC BY 4.0", "citation": "GeneralBlockchain covid-19-chest-xray-segmentations-dataset"},
+        {
+            "source": "lung boxes and segmentations by GeneralBlockchain",
+            "licence": "CC BY 4.0",
+            "citation": "GeneralBlockchain covid-19-chest-xray-segmentations-dataset",
+        },
     ],
 }
 
@@ -150,13 +162,17 @@ def assemble(parts: Parts, folder: Path) -> None:
                 "guidance_scale": parts.guidance_scale,
             },
             "data": SOURCES[parts.domain],
-            "training_cost": {stage: {"seconds": m.get("trained_s"), "steps": m.get("steps")} for stage, m in metrics.items()},
+            "training_cost": {
+                stage: {"seconds": m.get("trained_s"), "steps": m.get("steps")} for stage, m in metrics.items()
+            },
             "seeds": {stage: m.get("seed") for stage, m in metrics.items()},
             "metrics": metrics,
             "default_adapter": parts.default_adapter,
         },
     )
     write_card(writing)
+    for path in writing.rglob("*"):  # safetensors makes files that only their owner can read
+        path.chmod(0o755 if path.is_dir() else 0o644)
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

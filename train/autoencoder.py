@@ -91,7 +91,7 @@ def edge_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of 8x8 blocks: basis (K, 3, 8, 8) orthonormal, mean (3, 8, 8), std (K,), pixels in [0, 1]."""
+    """Principal components of 8x8 blocks: basis (K, 3, 8, 8) orthonormal, mean (3, 8, 8), std (K,); pixels in 0..1."""
 
     basis: torch.Tensor
     mean: torch.Tensor
@@ -99,10 +99,14 @@ class Components:
 
 
 def principal_components(images: list[np.ndarray], count: int) -> Components:
-    """The first `count` components of the 8x8 blocks of images, one uint8 (N, H, W, 3) array a domain, equally weighted."""
+    """The first `count` components of the 8x8 blocks of images, one uint8 (N, H, W, 3) array a domain."""
     means, moments = [], []
     for domain in images:
-        blocks = F.unfold((to_pixels(domain) + 1) / 2, BLOCK_PX, stride=BLOCK_PX).transpose(1, 2).reshape(-1, 3 * BLOCK_PX**2)
+        blocks = (
+            F.unfold((to_pixels(domain) + 1) / 2, BLOCK_PX, stride=BLOCK_PX)
+            .transpose(1, 2)
+            .reshape(-1, 3 * BLOCK_PX**2)
+        )
         means.append(blocks.double().mean(dim=0))
         moments.append(blocks.T.double() @ blocks.double() / len(blocks))
     mean = torch.stack(means).mean(dim=0)
@@ -111,7 +115,9 @@ def principal_components(images: list[np.ndarray], count: int) -> Components:
     # an eigenvector's sign is arbitrary: the entry largest in size is made positive, so that every machine agrees
     basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
     std = values.flip(0)[:count].clamp(min=1e-12).sqrt()
-    return Components(basis.reshape(count, 3, BLOCK_PX, BLOCK_PX).float(), mean.reshape(3, BLOCK_PX, BLOCK_PX).float(), std.float())
+    return Components(
+        basis.reshape(count, 3, BLOCK_PX, BLOCK_PX).float(), mean.reshape(3, BLOCK_PX, BLOCK_PX).float(), std.float()
+    )
 
 
 def write_encoder(vae: AutoencoderTiny, components: Components, power: float, latent_std: float) -> None:
@@ -172,8 +178,12 @@ class AutoencoderLearner:
         self.vae = self._vae().to(config.device, memory_format=torch.channels_last).train()
         self.vae.encoder.requires_grad_(False)
         self.parameters = list(self.vae.decoder.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.schedule = get_scheduler("cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        self.schedule = get_scheduler(
+            "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+        )
         self.ema = EMAModel(self.parameters, decay=config.ema_decay)
 
     def _vae(self) -> AutoencoderTiny:
@@ -190,7 +200,9 @@ class AutoencoderLearner:
         )
         initialise(vae.decoder)
         shown = [self._shown(images, config.fit_images) for images in self.images]
-        write_encoder(vae, principal_components(shown, config.latent_channels), config.component_power, config.latent_std)
+        write_encoder(
+            vae, principal_components(shown, config.latent_channels), config.component_power, config.latent_std
+        )
         with torch.inference_mode():
             latents = torch.cat([vae.encode(part).latents for images in shown for part in to_pixels(images).split(32)])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -198,7 +210,9 @@ class AutoencoderLearner:
 
     def _shown(self, images: np.ndarray, count: int) -> np.ndarray:
         """The same `count` whole images of a domain each time, to compute and to measure on."""
-        return images[seeding.batch_indices(len(images), min(count, len(images)), 0, self.config.seed, "autoencoder-shown")]
+        return images[
+            seeding.batch_indices(len(images), min(count, len(images)), 0, self.config.seed, "autoencoder-shown")
+        ]
 
     def batch(self, step: int) -> torch.Tensor:
         """Crops of `step`, float32 (batch, 3, crop_px, crop_px) in [-1, 1], in equal shares from the domains."""
@@ -220,7 +234,11 @@ class AutoencoderLearner:
         indices = list(range(step * config.batch, step * config.batch + len(latents)))
         noise = seeding.normal(tuple(latents.shape[1:]), config.seed, "autoencoder-noise", 0, indices)
         output = self.vae.decode(latents + config.latent_noise * noise.to(latents)).sample
-        pixel, square, edge = (output - pixels).abs().mean(), (output - pixels).square().mean(), edge_loss(output, pixels)
+        pixel, square, edge = (
+            (output - pixels).abs().mean(),
+            (output - pixels).square().mean(),
+            edge_loss(output, pixels),
+        )
         loss = pixel + config.square_weight * square + config.edge_weight * edge
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

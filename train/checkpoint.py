@@ -76,7 +76,9 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 1) -> Pa
     for name in _FILES:
         _flush(temporary / name)
     files = {n: {"sha256": _sha256(temporary / n), "bytes": (temporary / n).stat().st_size} for n in _FILES}
-    (temporary / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files}))
+    (temporary / "manifest.json").write_text(
+        json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files})
+    )
     _flush(temporary / "manifest.json")
     _flush(temporary)
     if place.exists():  # a folder cannot replace a folder; the old one steps aside and comes back should that fail

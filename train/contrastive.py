@@ -50,7 +50,9 @@ class ContrastiveConfig(StageConfig):
     """Dihedral elements an image may be shown in: 8 for skin, 1 for a chest, which has a left and a right."""
 
 
-def soft_contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, captions: list[str]) -> torch.Tensor:
+def soft_contrastive_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, captions: list[str]
+) -> torch.Tensor:
     """Symmetric cross-entropy of unit embeddings (B, D) with equal captions sharing the target. A scalar."""
     logits = scale * image_embeds @ text_embeds.T
     same = torch.tensor([[a == b for b in captions] for a in captions], dtype=logits.dtype, device=logits.device)
@@ -90,13 +92,25 @@ class ContrastiveLearner:
         }
         clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection)
         self.clip = CLIPModel(clip).to(config.device)
-        self.optimizer = torch.optim.AdamW(self.clip.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-        self.schedule = get_scheduler("cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        self.optimizer = torch.optim.AdamW(
+            self.clip.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+        )
+        self.schedule = get_scheduler(
+            "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+        )
 
     def _loss(self, images: np.ndarray, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(self.config.device)
-        output = self.clip(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=to_pixels(images).to(self.config.device))
-        loss = soft_contrastive_loss(output.image_embeds, output.text_embeds, self.clip.logit_scale.exp().clamp(max=100), captions)
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(
+            self.config.device
+        )
+        output = self.clip(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=to_pixels(images).to(self.config.device),
+        )
+        loss = soft_contrastive_loss(
+            output.image_embeds, output.text_embeds, self.clip.logit_scale.exp().clamp(max=100), captions
+        )
         return loss, output.image_embeds, output.text_embeds
 
     def update(self, step: int) -> dict[str, float]:
@@ -115,7 +129,11 @@ class ContrastiveLearner:
         return {"loss": loss.item()}
 
     def state(self) -> dict[str, Any]:
-        return {"clip": self.clip.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return {
+            "clip": self.clip.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.clip.load_state_dict(state["clip"])
@@ -139,10 +157,17 @@ class ContrastiveLearner:
         features.load_state_dict(_without_prefix(self.clip.state_dict(), features.state_dict(), ""))
         features.save_pretrained(folder / "features")
         mean = float(np.mean(losses)) if losses else None
-        return {"validation_loss": mean, "chance_loss": float(np.log(size)), "n": len(losses) * size, "vocabulary": len(self.tokenizer)}
+        return {
+            "validation_loss": mean,
+            "chance_loss": float(np.log(size)),
+            "n": len(losses) * size,
+            "vocabulary": len(self.tokenizer),
+        }
 
 
-def _without_prefix(source: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _without_prefix(
+    source: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
     """The tensors of a CLIPModel that one half needs, whether or not that half's class nests them under `prefix`."""
     return {name: source[name] if name in source else source[prefix + name] for name in wanted}
 

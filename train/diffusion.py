@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -60,8 +66,13 @@ class DiffusionConfig(StageConfig):
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel, latents: torch.Tensor, prompt_embeds: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
-    schedule: DDPMScheduler, min_snr_gamma: float,
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: DDPMScheduler,
+    min_snr_gamma: float,
 ) -> torch.Tensor:
     """Min-SNR weighted squared error of the UNet's prediction, one figure a sample (B,).
 
@@ -114,8 +125,12 @@ class DiffusionLearner:
         self.unet = self._unet().to(config.device)
         self.schedule = DDPMScheduler(**SCHEDULE)
         self.modules = torch.nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder}).train()
-        self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-        self.rates = get_scheduler("cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        self.optimizer = torch.optim.AdamW(
+            self.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
+        )
+        self.rates = get_scheduler(
+            "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+        )
         self.ema = EMAModel(self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
 
     def _unet(self) -> UNet2DConditionModel:
@@ -148,16 +163,22 @@ class DiffusionLearner:
         captions, latents = [], []
         for j, i in enumerate(chosen):
             rng = random.Random(seeding.key(config.seed, "caption", step * config.batch + j))
-            captions.append("" if rng.random() < config.caption_dropout else self.domain.caption(self.train.records[i], rng))
+            captions.append(
+                "" if rng.random() < config.caption_dropout else self.domain.caption(self.train.records[i], rng)
+            )
             latents.append(self.latents[rng.randrange(config.orientations), i])
         clean = torch.stack(latents).float().to(config.device)
         sample_indices = list(range(step * config.batch, (step + 1) * config.batch))
         noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "diffusion-noise", 0, sample_indices).to(clean)
         # stratified over the batch: the same expectation as independent draws, with less variance
         offset = seeding.numpy_generator(config.seed, "timesteps", step).random()
-        places = ((np.arange(config.batch) + offset) / config.batch * self.schedule.config.num_train_timesteps).astype(np.int64)
+        places = ((np.arange(config.batch) + offset) / config.batch * self.schedule.config.num_train_timesteps).astype(
+            np.int64
+        )
         timesteps = torch.from_numpy(places).to(config.device)
-        loss = denoising_loss(self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma).mean()
+        loss = denoising_loss(
+            self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma
+        ).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -191,7 +212,11 @@ class DiffusionLearner:
                 clean = self.validation_latents[indices].float().to(config.device)
                 noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "validation-noise", 0, indices).to(clean)
                 timesteps = torch.tensor([(i * 997) % 1000 for i in indices], device=config.device)
-                losses.append(denoising_loss(self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma))
+                losses.append(
+                    denoising_loss(
+                        self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma
+                    )
+                )
         return torch.cat(losses).mean().item(), count
 
     def export(self, folder: Path) -> dict[str, Any]:
@@ -210,13 +235,27 @@ class DiffusionLearner:
         return metrics
 
 
-def save_pipeline(folder: Path, vae: AutoencoderTiny, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel) -> None:
+def save_pipeline(
+    folder: Path,
+    vae: AutoencoderTiny,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
     """Write the parts as the folder `StableDiffusionPipeline.from_pretrained` loads, weights in bf16 shards."""
     # the cosine schedule's last log-SNR overflows a solver in fp32; diffusers' documented clip for it is -5.1
-    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", lambda_min_clipped=-5.1, steps_offset=1)
+    scheduler = DPMSolverMultistepScheduler(
+        **SCHEDULE, algorithm_type="dpmsolver++", lambda_min_clipped=-5.1, steps_offset=1
+    )
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
 

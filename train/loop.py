@@ -30,7 +30,7 @@ class Learner(Protocol):
         """Take back what `state` gave."""
 
     def update(self, step: int) -> dict[str, float]:
-        """One optimiser step. All randomness comes from `train.seeding` with this step's number. Returns figures to log."""
+        """One optimiser step, random by `train.seeding` with this step's number alone. Returns figures to log."""
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write the finished model and return the final metrics."""
@@ -58,7 +58,10 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
     def elapsed() -> float:
         return trained_s + time.monotonic() - began
 
-    with (out / "metrics.jsonl").open("a") as log, tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+    with (
+        (out / "metrics.jsonl").open("a") as log,
+        tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar,
+    ):
         for step in range(start, config.steps):
             for name, figure in learner.update(step).items():
                 sums[name].append(figure)
@@ -66,7 +69,7 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 means = {name: sum(figures) / len(figures) for name, figures in sums.items()}
                 sums.clear()
-                log.write(json.dumps({"step": step + 1, "trained_s": round(elapsed(), 1), **means}) + "\n")
+                log.write(json.dumps({**means, "step": step + 1, "trained_s": round(elapsed(), 1)}) + "\n")
                 log.flush()
                 bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()}, refresh=False)
             over = config.max_minutes > 0 and time.monotonic() - began > 60 * config.max_minutes
@@ -74,9 +77,19 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
                 checkpoint.save(out, step + 1, {**learner.state(), "trained_s": elapsed()})
                 saved = time.monotonic()
             if over and step + 1 < config.steps:
-                logger.warning("stopped at step %d of %d after %.1f minutes; --resume goes on", step + 1, config.steps, config.max_minutes)
+                logger.warning(
+                    "stopped at step %d of %d after %.1f minutes; --resume goes on",
+                    step + 1,
+                    config.steps,
+                    config.max_minutes,
+                )
                 return None
-    metrics = {**learner.export(out / "model"), "steps": config.steps, "seed": config.seed, "trained_s": round(elapsed(), 1)}
+    metrics = {
+        **learner.export(out / "model"),
+        "steps": config.steps,
+        "seed": config.seed,
+        "trained_s": round(elapsed(), 1),
+    }
     writing = out / ".metrics.json.writing"
     writing.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     os.replace(writing, out / "metrics.json")

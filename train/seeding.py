@@ -35,7 +35,9 @@ def normal(shape: tuple[int, ...], seed: int, stage: str, step: int, sample_indi
     return torch.stack([torch.randn(shape, generator=torch_generator(seed, stage, step, i)) for i in sample_indices])
 
 
-def batch_indices(count: int, batch: int, step: int, seed: int, stage: str, weights: np.ndarray | None = None) -> np.ndarray:
+def batch_indices(
+    count: int, batch: int, step: int, seed: int, stage: str, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Which examples the batch of ``step`` holds, int64 (batch,).
 
     Without weights every epoch is a permutation of ``range(count)`` of its own; position ``step * batch + j`` of the

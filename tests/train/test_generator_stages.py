@@ -48,18 +48,42 @@ def stages(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("stages")
     train, validation = invented_split("train", 12), invented_split("validation", 8)
     autoencoder = AutoencoderConfig(
-        out=str(root / "autoencoder"), domains=("dermatology",), size_px=32, crop_px=16, width=8, steps=2, batch=2,
-        decoder_blocks=(1, 1, 1, 0), latent_channels=6,
+        out=str(root / "autoencoder"),
+        domains=("dermatology",),
+        size_px=32,
+        crop_px=16,
+        width=8,
+        steps=2,
+        batch=2,
+        decoder_blocks=(1, 1, 1, 0),
+        latent_channels=6,
     )
     fit(AutoencoderLearner(autoencoder, [train.images(32)]), autoencoder)
     contrastive = ContrastiveConfig(
-        out=str(root / "contrastive"), size_px=32, corpus=200, text_width=16, text_layers=1, image_width=64,
-        image_layers=1, patch_px=16, projection=8, batch=4, steps=2,
+        out=str(root / "contrastive"),
+        size_px=32,
+        corpus=200,
+        text_width=16,
+        text_layers=1,
+        image_width=64,
+        image_layers=1,
+        patch_px=16,
+        projection=8,
+        batch=4,
+        steps=2,
     )
     fit(ContrastiveLearner(contrastive, train, validation), contrastive)
     diffusion = DiffusionConfig(
-        out=str(root / "diffusion"), autoencoder=str(root / "autoencoder/model"), contrastive=str(root / "contrastive/model"),
-        size_px=32, channels=(16, 32), cross_attention=(False, True), heads=2, orientations=2, batch=4, steps=2,
+        out=str(root / "diffusion"),
+        autoencoder=str(root / "autoencoder/model"),
+        contrastive=str(root / "contrastive/model"),
+        size_px=32,
+        channels=(16, 32),
+        cross_attention=(False, True),
+        heads=2,
+        orientations=2,
+        batch=4,
+        steps=2,
     )
     metrics = fit(DiffusionLearner(diffusion, train, validation), diffusion)
     return root, train, validation, diffusion, metrics
@@ -67,7 +91,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory):
 
 def test_exported_generator_is_a_stable_diffusion_pipeline(stages) -> None:
     root, *_ = stages
-    pipeline = StableDiffusionPipeline.from_pretrained(root / "diffusion/model", safety_checker=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        root / "diffusion/model", safety_checker=None, torch_dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a dermoscopic image with melanoma", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
@@ -82,7 +108,7 @@ def test_metrics_name_their_n(stages) -> None:
 
 
 def test_contrastive_parts_reload_with_the_learnt_weights(stages) -> None:
-    root, train, validation, *_ = stages
+    root, *_ = stages
     tokenizer = CLIPTokenizer.from_pretrained(root / "contrastive/model/tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(root / "contrastive/model/text_encoder")
     features = CLIPVisionModelWithProjection.from_pretrained(root / "contrastive/model/features")
@@ -101,8 +127,11 @@ def test_encoder_computes_principal_components_exactly() -> None:
     images = np.random.default_rng(3).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     components = principal_components([images], 5)
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(48,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(0,) * 4,
-        num_decoder_blocks=(1, 1, 1, 0), latent_channels=5,
+        encoder_block_out_channels=(48,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(0,) * 4,
+        num_decoder_blocks=(1, 1, 1, 0),
+        latent_channels=5,
     )
     write_encoder(vae, components, power=0.5, latent_std=0.6)
     pixels = to_pixels(images)
@@ -147,7 +176,9 @@ def test_denoising_loss_of_a_perfect_prediction_is_zero() -> None:
         def forward(self, sample, timestep, encoder_hidden_states=None):
             return type("Output", (), {"sample": schedule.get_velocity(latents, noise, timestep)})
 
-    oracle = Oracle(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    oracle = Oracle(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
     assert denoising_loss(oracle, latents, None, noise, timesteps, schedule, 5.0).abs().max() == 0
 
 
@@ -161,7 +192,9 @@ def test_min_snr_weight_of_v_prediction() -> None:
         def forward(self, sample, timestep, encoder_hidden_states=None):
             return type("Output", (), {"sample": torch.zeros_like(sample)})
 
-    silent = Silent(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    silent = Silent(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
     loss = denoising_loss(silent, latents, None, noise, timesteps, schedule, 5.0)
     alpha = schedule.alphas_cumprod[timesteps]
     snr = alpha / (1 - alpha)
@@ -175,7 +208,10 @@ def test_sample_weights_give_sources_their_shares_and_favour_rare_labels() -> No
     is_ham = np.array([r["source"] == "HAM10000" for r in split.records])
     assert plain[is_ham].sum() == pytest.approx(plain[~is_ham].sum())
     rare = sample_weights(split, (), 1.0)
-    melanoma, nevus = rare[[r["diagnosis"] == "mel" for r in split.records]], rare[[r["diagnosis"] == "nv" and not r["artefact_hair"] for r in split.records]]
+    melanoma, nevus = (
+        rare[[r["diagnosis"] == "mel" for r in split.records]],
+        rare[[r["diagnosis"] == "nv" and not r["artefact_hair"] for r in split.records]],
+    )
     assert melanoma.min() > nevus.max()
 
 

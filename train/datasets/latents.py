@@ -37,7 +37,9 @@ def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
     return latents * vae.config.scaling_factor
 
 
-def split_latents(vae: Autoencoder, split: Split, size_px: int, variants: int, seed: int, cache: Path, batch: int = 32) -> torch.Tensor:
+def split_latents(
+    vae: Autoencoder, split: Split, size_px: int, variants: int, seed: int, cache: Path, batch: int = 32
+) -> torch.Tensor:
     """Latents of every image of a split in `variants` orientations, fp16 (variants, N, C, h, w).
 
     Variant 0 is the image as it is; the others are dihedral elements drawn by image index. The file in `cache` is named
@@ -47,7 +49,9 @@ def split_latents(vae: Autoencoder, split: Split, size_px: int, variants: int, s
     for name, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().numpy().tobytes())
-    digest.update(repr((split.domain, split.name, len(split), size_px, variants, seed, vae.config.scaling_factor)).encode())
+    digest.update(
+        repr((split.domain, split.name, len(split), size_px, variants, seed, vae.config.scaling_factor)).encode()
+    )
     path = cache / f"latents-{split.domain}-{split.name}-{digest.hexdigest()[:16]}.safetensors"
     if path.is_file():
         return load_file(path)["latents"]

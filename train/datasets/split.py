@@ -107,13 +107,17 @@ def open_split(domain: str, split: str, root: str | Path | None = None) -> Split
     shards = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if not shards:
         raise InputError(
-            f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {domain}/, or build the shards "
+            f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {domain}/, or build shards "
             "from the publishers' folders with `python -m train prepare --help`"
         )
     total = int(shards[0].stem.rsplit("-", 1)[1])
-    missing = [name for i in range(total) if not (folder / (name := f"{split}-{i:05d}-of-{total:05d}.parquet")).is_file()]
+    missing = [
+        name for i in range(total) if not (folder / (name := f"{split}-{i:05d}-of-{total:05d}.parquet")).is_file()
+    ]
     if missing or len(shards) != total:
-        raise InputError(f"the {split} shards in {folder} are not one set of {total}: missing {missing or 'none, but others lie beside'}")
+        raise InputError(
+            f"the {split} shards in {folder} are not one set of {total}: missing {missing or 'none, others lie beside'}"
+        )
     return Split(domain, split, pa.concat_tables([_read_shard(path) for path in shards], promote_options="default"))
 
 
