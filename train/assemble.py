@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderTiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
@@ -114,8 +115,10 @@ def _copy(source: str, place: Path) -> None:
 def _halve(folder: Path) -> None:
     """Rewrite the safetensors files below `folder` in bf16: half the size, the precision the models are shipped in."""
     for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata() or {"format": "pt"}  # an adapter's holds its configuration
         tensors = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata=metadata)
 
 
 def _replace_autoencoder(place: Path, source: str) -> None:
@@ -146,6 +149,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             _halve(writing / name)
     for name, source in parts.adapters.items():
         _copy(source, writing / "adapters" / name)
+        _halve(writing / "adapters" / name)
     metrics: dict[str, Any] = {}
     for stage, run in parts.runs.items():
         path = Path(run) / "metrics.json"

@@ -48,7 +48,12 @@ def url(web_studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     logging.getLogger("httpx").setLevel(logging.WARNING)
     page = build(web_studio)
     _, address, _ = page.launch(
-        server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True, **launch_settings()
+        server_name="127.0.0.1",
+        server_port=free_port(),
+        prevent_thread_lock=True,
+        quiet=True,
+        _frontend=False,  # leaves out the check that the address answers within seconds; the tests wait longer
+        **launch_settings(),
     )
     yield address
     page.close()
