@@ -16,6 +16,7 @@ STAGES = {
     "evaluate": ("train.evaluate", "fidelity, alignment, diversity, memorisation; contact sheets"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),
+    "examples": ("train.examples", "stored pairs for the app's first screen, from the assembled models"),
     "report": ("train.evaluate.report", "tables of README and About from assets/reports"),
 }
 
