@@ -14,7 +14,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 pytestmark = [pytest.mark.web, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
-WAIT_MS = 900_000
+WAIT_MS = 90_000
 expect.set_options(timeout=WAIT_MS)
 
 
