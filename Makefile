@@ -88,13 +88,14 @@ $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
 $(call stage,rl,rl-$(1)-$(PRESET),diffusion-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
-train-$(1): runs/rl-$(1)-$(PRESET)/metrics.json runs/segmenter-$(1)-$(PRESET)/metrics.json
-	$(BIN)/python -m train assemble train/recipes/assemble-$(1).yaml
+train-$(1): runs/rl-$(1)-$(PRESET)/metrics.json runs/decoder-$(PRESET)/metrics.json runs/segmenter-$(1)-$(PRESET)/metrics.json
+	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
 	$(BIN)/python -m train report
 endef
 
 $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
+$(eval $(call stage,autoencoder,decoder-$(PRESET),autoencoder-$(PRESET)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 
 report: setup-dev

@@ -10,6 +10,7 @@ from PIL import Image
 
 HeatMap = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Role = Literal["reward", "judge"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Score:
     """
 
     name: str
-    role: Literal["reward", "judge"]
+    role: Role
     baseline: float | None
     aligned: float | None
     higher_is_better: bool = True

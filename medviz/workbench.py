@@ -100,7 +100,8 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
     tokenizer = models.loaded.pipeline.tokenizer
     words, warnings = read(models, request.prompt)
     if request.adapter is None:
-        warnings.append("No adapter was chosen: both sides show the baseline.")
+        none = "No adapter was chosen" if models.loaded.manifest.adapters else "This domain has no aligned adapter yet"
+        warnings.append(f"{none}: both sides show the baseline.")
     for side, anatomy in zip(("Baseline", "Aligned"), anatomies, strict=True):
         warnings += [f"{side} image: {warning}" for warning in anatomy.warnings]
     size_hw = (baseline[0].height, baseline[0].width)

@@ -12,8 +12,10 @@ STAGES = {
     "diffusion": ("train.diffusion", "the text-conditioned generator"),
     "classifier": ("train.classifier", "reward or judge network"),
     "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),
+    "anatomy_prompts": ("train.anatomy_prompts", "words of places learn to look at their place"),
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
     "evaluate": ("train.evaluate", "fidelity, alignment, diversity, memorisation; contact sheets"),
+    "bench": ("train.benchmarks", "side-by-side measurements"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),
     "examples": ("train.examples", "stored pairs for the app's first screen, from the assembled models"),
@@ -23,7 +25,7 @@ STAGES = {
 
 def usage() -> str:
     """The stages, a line each."""
-    lines = [f"  {name:12s} {text}" for name, (_, text) in STAGES.items()]
+    lines = [f"  {name:15s} {text}" for name, (_, text) in STAGES.items()]
     return (
         "usage: python -m train STAGE RECIPE [--option value ...]\n\nstages:\n"
         + "\n".join(lines)

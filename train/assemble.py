@@ -186,6 +186,6 @@ def assemble(parts: Parts, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     """`python -m train assemble RECIPE [FOLDER]`; FOLDER is assets/models/DOMAIN unless named."""
     if not arguments:
-        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology.yaml")
+        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology-cpu.yaml")
     parts = read_parts(arguments[0])
     assemble(parts, Path(arguments[1]) if len(arguments) > 1 else Path("assets/models") / parts.domain)

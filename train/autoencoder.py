@@ -154,7 +154,7 @@ def write_encoder(vae: AutoencoderTiny, components: Components, power: float, la
                     eighth.weight[:count, c, 1 + y, 1 + x] = components.basis[:, colour, row, column]
         for k in range(count):
             last.weight[k, k, 1, 1] = gain[k]
-        last.bias.copy_(-gain * (components.basis * components.mean).sum(dim=(1, 2, 3)))
+        last.bias = torch.nn.Parameter(-gain * (components.basis * components.mean).sum(dim=(1, 2, 3)))
 
 
 def initialise(decoder: torch.nn.Module) -> None:
@@ -223,7 +223,7 @@ class AutoencoderLearner:
             for i in seeding.batch_indices(len(images), share, step, config.seed, f"autoencoder-{d}"):
                 top, left = rng.integers(0, config.size_px - config.crop_px + 1, 2)
                 crop = images[i, top : top + config.crop_px, left : left + config.crop_px]
-                crop = np.rot90(crop, rng.integers(4))
+                crop = np.rot90(crop, int(rng.integers(4)))
                 crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
         return to_pixels(np.stack(crops)).to(self.config.device).contiguous(memory_format=torch.channels_last)
 

@@ -121,8 +121,8 @@ def load(folder: Path) -> tuple[int, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ModelError(f"checkpoint {place} has no readable manifest: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ModelError(f"checkpoint {place} has format {found}, this program reads {FORMAT_VERSION}")
+        version = manifest.get("format_version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ModelError(f"checkpoint {place} has format {version}, this program reads {FORMAT_VERSION}")
     listed = manifest.get("files")
     if not isinstance(listed, dict) or set(listed) != set(_FILES):
         raise ModelError(f"checkpoint {place} is damaged: its manifest does not list {' and '.join(_FILES)}")

@@ -42,8 +42,13 @@ class DiffusionConfig(StageConfig):
     domain: str = "dermatology"
     autoencoder: str = "runs/autoencoder-cpu/model"
     contrastive: str = "runs/contrastive-dermatology-cpu/model"
+    """Folder with tokenizer/ and text_encoder/: a contrastive stage's, or a pipeline's to go on from."""
     init: str = ""
     """Pipeline folder whose UNet weights are the start (e.g. another domain's); empty: random."""
+    train_text_encoder: bool = True
+    """False leaves the text encoder as it is: a sixth less work a step."""
+    compile: bool = False
+    """torch.compile the UNet: a fifth to a quarter faster on a CPU after two minutes of compiling."""
     size_px: int = 128
     channels: tuple[int, ...] = (128, 192, 224)
     cross_attention: tuple[bool, ...] = (False, True, True)
@@ -121,17 +126,25 @@ class DiffusionLearner:
         self.validation_latents = split_latents(self.vae, validation, config.size_px, 1, config.seed, cache)[0]
         self.weights = sample_weights(train, config.source_shares, config.rarity_power)
         self.tokenizer = CLIPTokenizer.from_pretrained(f"{config.contrastive}/tokenizer")
-        self.text_encoder = CLIPTextModel.from_pretrained(f"{config.contrastive}/text_encoder").to(config.device)
+        text_encoder = CLIPTextModel.from_pretrained(f"{config.contrastive}/text_encoder", dtype=torch.float32)
+        self.text_encoder = text_encoder.to(config.device)
         self.unet = self._unet().to(config.device)
         self.schedule = DDPMScheduler(**SCHEDULE)
-        self.modules = torch.nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder}).train()
+        self.predict = torch.compile(self.unet) if config.compile else self.unet
+        self.modules = torch.nn.ModuleDict({"unet": self.unet}).train()
+        if config.train_text_encoder:
+            self.modules["text_encoder"] = self.text_encoder.train()
+        else:
+            self.text_encoder.eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
+            self.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
         self.rates = get_scheduler(
             "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
-        self.ema = EMAModel(self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        self.ema = EMAModel(
+            self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True
+        )
 
     def _unet(self) -> UNet2DConditionModel:
         config = self.config
@@ -177,7 +190,7 @@ class DiffusionLearner:
         )
         timesteps = torch.from_numpy(places).to(config.device)
         loss = denoising_loss(
-            self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma
+            self.predict, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma
         ).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -123,6 +123,10 @@ class Domain(ABC):
         """The fixed prompts that models are compared on."""
 
     @abstractmethod
+    def sheet_prompts(self) -> tuple[str, ...]:
+        """Eight prompts that differ as much as the domain allows, for pictures that a person looks over."""
+
+    @abstractmethod
     def invented_record(self, rng: random.Random) -> dict[str, object]:
         """A record drawn at random that no patient stands behind, to word captions from."""
 

@@ -213,6 +213,20 @@ class Dermatology(Domain):
             prompts.append(self.build_prompt({"diagnosis": diagnosis, "artefacts": artefacts or (NO_ARTEFACTS,)}))
         return tuple(prompts)
 
+    def sheet_prompts(self) -> tuple[str, ...]:
+        """Every diagnosis once and melanoma twice, every artefact of the paper among them."""
+        shown = {
+            "melanoma": NO_ARTEFACTS,
+            "melanocytic nevus": "hair",
+            "benign keratosis": "ruler",
+            "basal cell carcinoma": NO_ARTEFACTS,
+            "actinic keratosis": NO_ARTEFACTS,
+            "vascular lesion": "gel bubble",
+            "dermatofibroma": NO_ARTEFACTS,
+        }
+        chosen = [*shown.items(), ("melanoma", "ink")]
+        return tuple(self.build_prompt({"diagnosis": d, "artefacts": (artefact,)}) for d, artefact in chosen)
+
     def labels(self, record: Record) -> dict[str, float]:
         """See `Domain.labels`. What a network guessed of artefacts is left out; structures are known of ISIC 2018."""
         labels: dict[str, float] = {}

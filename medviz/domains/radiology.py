@@ -187,6 +187,21 @@ class Radiology(Domain):
             "findings": next((choice,) for choice, (name, _) in FINDINGS.items() if name == head)
         }
 
+    def sheet_prompts(self) -> tuple[str, ...]:
+        """A child and an adult without and with pneumonia, both sides, fluid, a large heart."""
+        adult: Values = {"age_group": "adult", "view": "PA"}
+        chosen: list[Values] = [
+            {"age_group": "child", "findings": (NO_FINDING,)},
+            {"age_group": "child", "findings": ("bacterial pneumonia",)},
+            {**adult, "findings": (NO_FINDING,), "sex": "female"},
+            {**adult, "findings": ("lung opacity",), "location": ("right lower zone",)},
+            {**adult, "findings": ("lung opacity",), "location": ("left upper zone",)},
+            {**adult, "findings": ("pleural effusion",), "view": "AP"},
+            {**adult, "findings": ("cardiomegaly",)},
+            {**adult, "findings": ("COVID-19",), "view": "AP"},
+        ]
+        return tuple(self.build_prompt(values) for values in chosen)
+
     def validation_prompts(self) -> tuple[str, ...]:
         """24: children and adults of both sexes and views, each finding, each side and level."""
         child: list[Values] = [

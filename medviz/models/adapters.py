@@ -1,19 +1,20 @@
-"""LoRA adapters on one base UNet: saving, loading, and switching exactly one on, or all off.
+"""Adapters on one base pipeline: saving, loading, and switching exactly one on, or all off.
 
-The base weights are never changed and adapters are never fused into them, so that baseline and aligned images differ by
-the adapter alone. The files are those that `StableDiffusionPipeline.load_lora_weights` reads, too.
+An adapter is LoRA weights of the UNet, learned input embeddings of the text encoder, or both. The base weights are
+never changed and adapters are never fused into them, so that baseline and aligned images differ by the adapter alone.
+The LoRA files are those that `StableDiffusionPipeline.load_lora_weights` reads, too.
 """
 
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -22,13 +23,17 @@ from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError, ModelError
 from medviz.models.manifest import NAME_PATTERN, read_json
+from medviz.models.prompt_embeddings import PromptEmbeddings
 
 ADAPTER_CONFIG_NAME = "adapter.json"
 KIND_LORA = "lora"
+KIND_PROMPTS = "anatomy_prompts"
 _PREFIX = "unet"
 
 _locks: weakref.WeakKeyDictionary[UNet2DConditionModel, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
+# The learned embeddings of each UNet's text encoder, by adapter.
+_embeddings: weakref.WeakKeyDictionary[UNet2DConditionModel, dict[str, PromptEmbeddings]] = weakref.WeakKeyDictionary()
 
 
 def unet_lock(unet: UNet2DConditionModel) -> threading.RLock:
@@ -38,8 +43,8 @@ def unet_lock(unet: UNet2DConditionModel) -> threading.RLock:
 
 
 def loaded_adapters(unet: UNet2DConditionModel) -> tuple[str, ...]:
-    """Names of the adapters that the UNet holds, on or off, in the order they were added."""
-    return tuple(getattr(unet, "peft_config", {}))
+    """Names of the adapters that the UNet holds, on or off, LoRA before those that are learned embeddings alone."""
+    return tuple(dict.fromkeys((*_lora_names(unet), *_embeddings.get(unet, {}))))
 
 
 @contextmanager
@@ -50,21 +55,27 @@ def using_adapter(unet: UNet2DConditionModel, name: str | None) -> Iterator[None
     Raises InputError for a name that is not loaded.
     """
     with unet_lock(unet):
-        allowed = loaded_adapters(unet)
-        if name is not None and name not in allowed:
-            raise InputError(f"unknown adapter {name!r}; allowed: {', '.join(allowed) or 'none is loaded'}")
+        if name is not None:
+            _check_loaded(name, loaded_adapters(unet))
+        embeddings = _embeddings.get(unet, {})
+        were_enabled = {each: found.enabled for each, found in embeddings.items()}
+        has_lora = name in _lora_names(unet)
         layers = _tuner_layers(unet)
         states = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
         # PEFT's switches also freeze and unfreeze; what is trained is the trainer's business, not ours.
         trainable = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
         try:
             for layer in layers:
-                if name is not None:
+                if has_lora:
                     layer.set_adapter([name], inference_mode=True)
-                layer.enable_adapters(name is not None)
+                layer.enable_adapters(has_lora)
             _restore_trainable(trainable)
+            for each, found in embeddings.items():
+                found.enabled = each == name
             yield
         finally:
+            for each, enabled in were_enabled.items():
+                embeddings[each].enabled = enabled
             for layer, disabled, active in states:
                 layer.set_adapter(active, inference_mode=True)
                 layer.enable_adapters(not disabled)
@@ -72,16 +83,41 @@ def using_adapter(unet: UNet2DConditionModel, name: str | None) -> Iterator[None
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path, name: str, *, details: Mapping[str, Any] | None = None) -> Path:
-    """Write the adapter `name` of a UNet to `folder` (adapters/NAME): its weights and adapter.json; return the folder.
+    """Write the LoRA adapter `name` of a UNet to `folder` (adapters/NAME): weights and adapter.json; return the folder.
 
     details: title, recipe and whatever else the model card should say; `kind` is added. Raises InputError for a name
     that is not loaded or not allowed.
     """
-    if name not in loaded_adapters(unet):
-        raise InputError(f"unknown adapter {name!r}; allowed: {', '.join(loaded_adapters(unet)) or 'none is loaded'}")
+    _check_loaded(name, _lora_names(unet))
     _check_name(name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _write_lora(unet, folder, name)
+    _write_details(folder, {"kind": KIND_LORA, **(details or {})})
+    return folder
+
+
+def save_prompt_adapter(
+    unet: UNet2DConditionModel, folder: Path, name: str, *, details: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the adapter `name`, learned embeddings with or without LoRA, to `folder` (adapters/NAME); return it.
+
+    details: see `save_lora`; `kind` and whether there is LoRA are added. Raises InputError as `save_lora`.
+    """
+    found = _embeddings.get(unet, {})
+    _check_loaded(name, found)
+    _check_name(name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found[name].save(folder)
+    has_lora = name in _lora_names(unet)
+    if has_lora:
+        _write_lora(unet, folder, name)
+    _write_details(folder, {"kind": KIND_PROMPTS, "lora": has_lora, **(details or {})})
+    return folder
+
+
+def _write_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
     weights = {
         f"{_PREFIX}.{key}": value.detach().to("cpu").contiguous()
         for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()
@@ -94,13 +130,45 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, name: str, *, details: M
     # One entry: safetensors writes several in an order of chance.
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     save_file(weights, folder / LORA_WEIGHT_NAME_SAFE, metadata=metadata)
-    text = json.dumps({"kind": KIND_LORA, **(details or {})}, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _write_details(folder: Path, details: Mapping[str, Any]) -> None:
+    text = json.dumps(details, indent=1, sort_keys=True, allow_nan=False)
     (folder / ADAPTER_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-    return folder
+
+
+def add_prompt_embeddings(pipeline: StableDiffusionPipeline, name: str, embeddings: PromptEmbeddings) -> None:
+    """Give the pipeline learned embeddings under `name`, switched off; a LoRA of that name is switched with them.
+
+    Raises InputError for a name that is not allowed or already has embeddings, ModelError for another text encoder.
+    """
+    _check_name(name)
+    with unet_lock(pipeline.unet):
+        known = _embeddings.setdefault(pipeline.unet, {})
+        if name in known:
+            raise InputError(f"the pipeline already holds embeddings {name!r}; choose another name")
+        embeddings.attach(pipeline.text_encoder)
+        known[name] = embeddings
+
+
+def load_adapter(pipeline: StableDiffusionPipeline, folder: Path, name: str) -> None:
+    """Add the adapter in `folder` (adapters/NAME), of whatever kind, to the pipeline; it is switched off and frozen.
+
+    Raises ModelError when the files are missing, damaged, of an unknown kind, or fit another pipeline.
+    """
+    details = read_json(Path(folder) / ADAPTER_CONFIG_NAME)
+    if not isinstance(details, dict) or details.get("kind") != KIND_PROMPTS:
+        load_lora(pipeline.unet, folder, name)
+        return
+    _check_name(name)
+    embeddings = PromptEmbeddings.load(Path(folder), pipeline.tokenizer)
+    if details.get("lora"):
+        _read_lora(pipeline.unet, Path(folder), name)
+    add_prompt_embeddings(pipeline, name, embeddings)
 
 
 def load_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
-    """Add the adapter in `folder` (adapters/NAME) to the UNet under `name`, switched off and frozen.
+    """Add the LoRA adapter in `folder` (adapters/NAME) to the UNet under `name`, switched off and frozen.
 
     Raises ModelError when the files are missing, damaged, of an unknown kind, or fit another UNet.
     """
@@ -108,7 +176,14 @@ def load_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
     _check_name(name)
     kind = read_json(folder / ADAPTER_CONFIG_NAME).get("kind")
     if kind != KIND_LORA:
-        raise ModelError(f"{folder / ADAPTER_CONFIG_NAME} has the kind {kind!r}; this program reads {KIND_LORA!r}")
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG_NAME} has the kind {kind!r}; this program reads {KIND_LORA!r} and "
+            f"{KIND_PROMPTS!r}, the latter on a whole pipeline alone"
+        )
+    _read_lora(unet, folder, name)
+
+
+def _read_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
     path = folder / LORA_WEIGHT_NAME_SAFE
     try:
         expected = set(load_file(path))
@@ -122,7 +197,7 @@ def load_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
         )
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ModelError(f"the adapter {path} cannot be loaded on this UNet: {error}") from error
-    if not expected or name not in loaded_adapters(unet):
+    if not expected or name not in _lora_names(unet):
         raise ModelError(f"the adapter {path} holds no weights for a UNet")
     found = {f"{_PREFIX}.{key}" for key in get_peft_model_state_dict(unet, adapter_name=name)}
     if found != expected:
@@ -132,13 +207,23 @@ def load_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
 
 
 def zero_adapter(unet: UNet2DConditionModel, name: str) -> None:
-    """Set the adapter's output weights to zero in place: switched on, it must then change no bit of an image."""
-    if name not in loaded_adapters(unet):
-        raise InputError(f"unknown adapter {name!r}; allowed: {', '.join(loaded_adapters(unet)) or 'none is loaded'}")
+    """Set the adapter's output weights and offsets to zero in place: switched on, it must then change no bit."""
+    _check_loaded(name, loaded_adapters(unet))
     with torch.no_grad():
+        if name in _embeddings.get(unet, {}):
+            _embeddings[unet][name].offsets.zero_()
         for layer in _tuner_layers(unet):
             if name in layer.lora_B:
                 layer.lora_B[name].weight.zero_()
+
+
+def _lora_names(unet: UNet2DConditionModel) -> tuple[str, ...]:
+    return tuple(getattr(unet, "peft_config", {}))
+
+
+def _check_loaded(name: str, allowed: Collection[str]) -> None:
+    if name not in allowed:
+        raise InputError(f"unknown adapter {name!r}; allowed: {', '.join(allowed) or 'none is loaded'}")
 
 
 def _check_name(name: str) -> None:

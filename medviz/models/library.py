@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from medviz.errors import InputError, ModelError
-from medviz.models.adapters import load_lora, unet_lock
+from medviz.models.adapters import load_adapter, unet_lock
 from medviz.models.manifest import (
     FORBIDDEN_SUFFIXES,
     MANIFEST_NAME,
@@ -139,7 +139,7 @@ class ModelLibrary:
         source = folder if manifest.hub is None else _fetch(manifest.hub)
         pipeline = _load_pipeline(source, self.dtype)
         for name in manifest.adapters:
-            load_lora(pipeline.unet, folder / "adapters" / name, name)
+            load_adapter(pipeline, folder / "adapters" / name, name)
         for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             model.eval().requires_grad_(False)
         pipeline.to(self.device)

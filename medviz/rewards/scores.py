@@ -1,8 +1,6 @@
 """What reward and judge say of one image or of a pair, as rows to be read by a person."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -10,27 +8,11 @@ from PIL import Image
 from medviz.domains.base import Domain, ParsedPrompt
 from medviz.errors import InputError
 from medviz.images import to_tensor
+from medviz.results import Role, Score
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 
-Role = Literal["reward", "judge"]
 JUDGE: Role = "judge"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure of one classifier.
-
-    name: what it measures. role: whether the classifier took part in alignment ("reward") or was held out ("judge").
-    baseline, aligned: of the two images; of a single image it stands under `baseline` and `aligned` is None. None also
-    where the prompt asks for nothing the classifier knows.
-    """
-
-    name: str
-    role: Role
-    baseline: float | None
-    aligned: float | None
-    higher_is_better: bool = True
 
 
 def score_images(

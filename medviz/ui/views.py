@@ -22,11 +22,11 @@ from medviz.rendering import (
     resized_mask,
     with_footer,
 )
-from medviz.results import Drawing, Grounding, HeatMap, Mask, Pair, Score, WordAttention
+from medviz.results import Drawing, Grounding, HeatMap, Mask, Pair, Role, Score, WordAttention
 
 LABEL = "SYNTHETIC"
 NO_WORD = "No overlay"
-_ROLES = {"judge": "judge: held out", "reward": "reward: trained on"}
+_ROLES: dict[Role, str] = {"judge": "judge: held out", "reward": "reward: trained on"}
 NOT_COMPUTED = "not computed"
 THUMBNAIL_PX = 150
 KEPT_SIDE_PX = 1024

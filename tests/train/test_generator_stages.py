@@ -1,6 +1,7 @@
 """Contrastive, autoencoder and diffusion stages on invented pictures: each runs end to end and keeps its promises."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -105,6 +106,33 @@ def test_metrics_name_their_n(stages) -> None:
     assert metrics["validation_n"] == 8
     assert metrics["images_seen"] == 8
     assert np.isfinite(metrics["validation_loss"])
+
+
+def test_going_on_from_a_shipped_folder_leaves_its_text_encoder_alone(stages, tmp_path) -> None:
+    """A pipeline folder stands in for the contrastive run, weights in bf16 and all; only the UNet learns."""
+    root, train, validation, diffusion, _ = stages
+    shipped = str(root / "diffusion/model")
+    config = replace(
+        diffusion, out=str(tmp_path / "more"), contrastive=shipped, init=shipped, train_text_encoder=False, steps=2
+    )
+    learner = DiffusionLearner(config, train, validation)
+    assert learner.text_encoder.dtype == torch.float32
+    started = {name: weight.clone() for name, weight in learner.text_encoder.state_dict().items()}
+    unet = {name: weight.clone() for name, weight in learner.unet.state_dict().items()}
+    fit(learner, config)
+    assert all(torch.equal(weight, started[name]) for name, weight in learner.text_encoder.state_dict().items())
+    assert not all(torch.equal(weight, unet[name]) for name, weight in learner.unet.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_training_learns_what_plain_training_learns(stages, tmp_path) -> None:
+    _, train, validation, diffusion, _ = stages
+    losses = []
+    for compiled in (False, True):
+        config = replace(diffusion, out=str(tmp_path / str(compiled)), compile=compiled)
+        losses.append(fit(DiffusionLearner(config, train, validation), config)["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_contrastive_parts_reload_with_the_learnt_weights(stages) -> None:

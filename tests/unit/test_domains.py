@@ -154,7 +154,11 @@ def test_exclusive_heads_are_never_asked_for_together(domain: Domain) -> None:
 
 @every_domain
 def test_examples_and_validation_prompts_are_canonical_and_understood(domain: Domain) -> None:
-    for prompt in (*(example.prompt for example in domain.examples), *domain.validation_prompts()):
+    for prompt in (
+        *(example.prompt for example in domain.examples),
+        *domain.validation_prompts(),
+        *domain.sheet_prompts(),
+    ):
         parsed = domain.parse(prompt)
         assert parsed.unknown_words == ()
         assert domain.build_prompt(parsed.values) == prompt

@@ -6,10 +6,11 @@ import torch
 from medviz.domains import get_domain
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError
+from medviz.results import Score
 from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.registry import REWARDS, Drawn, get_reward, safe_rewards
-from medviz.rewards.scores import Score, score_images, score_pair
+from medviz.rewards.scores import score_images, score_pair
 
 HALF = [0.5] * 4
 LOGITS = torch.tensor([[2.0, -2.0, 8.0, 0.5], [-1.0, 3.0, -8.0, 100.0]])

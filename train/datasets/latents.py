@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from train import seeding
 from train.datasets.split import Split
 
-Autoencoder = AutoencoderTiny | AutoencoderKL
+Autoencoder: TypeAlias = AutoencoderTiny | AutoencoderKL
 
 
 def dihedral(image: np.ndarray, element: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medviz.errors import InputError
+from train.datasets.visible import confirm_hair, hair_lengths
 
+logger = logging.getLogger(__name__)
+
+DERIVED = Path("runs/derived")
+"""What is computed of the images once, beside the runs."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -96,7 +102,7 @@ def _is_image(table: pa.Table, column: str) -> bool:
 
 
 def open_split(domain: str, split: str, root: str | Path | None = None) -> Split:
-    """The split `split` (train, validation, test) of `domain`.
+    """The split `split` (train, validation, test) of `domain`; hair labels only where the crop bears them out.
 
     Raises InputError with the folder looked in when there are no shards: `python -m train prepare` builds them from
     the publishers' folders.
@@ -118,7 +124,11 @@ def open_split(domain: str, split: str, root: str | Path | None = None) -> Split
         raise InputError(
             f"the {split} shards in {folder} are not one set of {total}: missing {missing or 'none, others lie beside'}"
         )
-    return Split(domain, split, pa.concat_tables([_read_shard(path) for path in shards], promote_options="default"))
+    opened = Split(domain, split, pa.concat_tables([_read_shard(path) for path in shards], promote_options="default"))
+    if domain == "dermatology":
+        forgotten = confirm_hair(opened.records, hair_lengths(opened, DERIVED))
+        logger.info("%s %s: %d hair labels are not borne out by the picture", domain, split, forgotten)
+    return opened
 
 
 def _read_shard(path: Path) -> pa.Table:

@@ -51,7 +51,7 @@ from train.evaluate.measure import (
 )
 from train.evaluate.report import FORMAT_VERSION
 
-SHEET_PROMPTS, SHEET_SEEDS = 8, 4
+SHEET_SEEDS = 4
 SHEET_TEXT = {"Synthetic": "yes", "Description": "Synthetic images", "Software": f"medviz {__version__}"}
 VERSIONED = ("torch", "diffusers", "transformers", "peft", "numpy", "torchmetrics")
 
@@ -128,7 +128,7 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     for space in (independent_space(loaded.folder, config.device), judge_space(judge)):
         independent = space.name != "judge"
         figures += _in_space(config, space, grid, pictures, real, size_px, independent=independent)
-    sheet = _write_sheets(config, domain, prompts, adapters, pictures["grid"])
+    sheet = _write_sheets(config, domain, loaded, adapters)
     report = _report(config, command, loaded, adapters, real, grid, figures, sheet)
     _write_report(config, report)
     return report
@@ -271,20 +271,21 @@ def _training_features(config: EvaluateConfig, space: FeatureSpace, size_px: int
 def _write_sheets(
     config: EvaluateConfig,
     domain: Domain,
-    prompts: tuple[str, ...],
+    loaded: LoadedDomain,
     adapters: tuple[str, ...],
-    pictures: Mapping[str, np.ndarray],
 ) -> str | None:
     """Write a contact sheet an adapter to `out` and return the name of the first one; None without an adapter."""
-    rows, seeds = evenly_spaced(len(prompts), SHEET_PROMPTS), min(SHEET_SEEDS, config.seeds_per_prompt)
+    prompts, seeds = domain.sheet_prompts(), min(SHEET_SEEDS, config.seeds_per_prompt)
+    request = grid_request(prompts, seeds, config.steps, config.guidance_scale)
+    pictures = _draw(config, loaded, adapters, request, "sheet")
     names = [f"contact-sheet-{domain.name}{'' if not number else f'-{a}'}.png" for number, a in enumerate(adapters)]
 
     def chosen(images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(prompts), config.seeds_per_prompt, *images.shape[1:])[rows][:, :seeds]
+        return images.reshape(len(prompts), seeds, *images.shape[1:])
 
     for adapter, name in zip(adapters, names, strict=True):
         sheet = contact_sheet(
-            [prompts[i] for i in rows],
+            list(prompts),
             chosen(pictures[BASELINE]),
             chosen(pictures[adapter]),
             title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "

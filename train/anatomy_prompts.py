@@ -1,0 +1,343 @@
+"""Anatomy-grounded prompt tuning (arXiv 2506.10633): words of a place learn to look where the place is.
+
+Only the input embeddings of the sub-tokens in the places' wordings learn, as offsets inside those wordings; text
+encoder, unet and autoencoder are frozen. On real training images, noised to the middle of the schedule, the attention
+to a prompt "{location} {pathology}" is drawn to the location's Gaussian (L_loc) and its tokens apart (L_div).
+
+Beyond the paper, each a switch: the patient's own regions from the segmenter as target, LoRA on the keys and values of
+the cross-attention, and the denoising loss beside the two.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+
+from medviz.domains.chest_places import WORDINGS
+from medviz.errors import InputError
+from medviz.grounding.anatomy import Segmenter
+from medviz.grounding.atlas import ATLAS_NAME, Atlas
+from medviz.grounding.capture import watch
+from medviz.grounding.words import content_indices
+from medviz.models.adapters import add_prompt_embeddings, loaded_adapters, save_prompt_adapter, using_adapter
+from medviz.models.prompt_embeddings import PromptEmbeddings
+from train import seeding
+from train.attention_losses import diversity_loss, location_loss
+from train.config import StageConfig, parse
+from train.datasets.anatomy_scenes import Scene, open_scene
+from train.datasets.placed_findings import DOMAIN, PlacedFinding, fit_atlas
+from train.datasets.split import open_split
+from train.diffusion import denoising_loss
+from train.evaluate.statistics import mean_interval, paired_difference
+from train.loop import fit
+from train.rl.trainer import open_pipeline
+
+VALUES = ("attn2.to_k", "attn2.to_v")
+STAGE = "anatomy"
+
+
+@dataclass
+class AnatomyPromptsConfig(StageConfig):
+    """Options of the anatomy prompts stage."""
+
+    base: str = "assets/models/radiology"
+    """Pipeline folder that is tuned."""
+    adapter: str = "anatomy"
+    title: str = "Anatomy-grounded prompts"
+    target: str = "atlas"
+    """atlas: the mean anatomy of the training images; segmenter: each image's own regions."""
+    segmenter: str = "assets/models/radiology/segmenter"
+    """Folder of the network that finds the lungs, for that target alone."""
+    template: str = "{location} {pathology}"
+    """Wording of the training prompts."""
+    notes: bool = True
+    """Also learn from sentences of notes that place a finding, not from readers' boxes alone."""
+    layers: str = "fine"
+    """fine: the decoder's on half the latents' grid or finer; decoder: all its; paper: mid and first three decoder."""
+    window: tuple[float, ...] = (0.3, 0.6)
+    """Noise levels learnt at, as fractions of the schedule: the paper's steps 30 to 60 of 100."""
+    levels: int = 2
+    """Noise levels an image and step, spread over the window."""
+    batch: int = 1
+    """Prompts a step."""
+    learning_rate: float = 1e-4
+    alpha: float = 0.1
+    """Weight of the Gaussian in the target of L_loc."""
+    eps: float = 1e-5
+    """The Gaussian's value above which the attention is kept as it is."""
+    jitter: float = 0.05
+    """How far the Gaussian moves, as a fraction of the image, and how far its sigma changes."""
+    diversity_weight: float = 1.0
+    denoising_weight: float = 0.0
+    """Of the denoising loss on the same images; 0: not mixed in."""
+    lora_rank: int = 0
+    """Rank of LoRA on keys and values of the cross-attention; 0: none."""
+    lora_alpha: float = 8.0
+    min_snr_gamma: float = 5.0
+    """Of the denoising loss."""
+
+    def checked(self) -> "AnatomyPromptsConfig":
+        """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
+        for name, value, allowed in (
+            ("target", self.target, TARGETS),
+            ("layers", self.layers, tuple(LAYERS)),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, found {value!r}")
+        if any(self.template.count(part) != 1 for part in ("{location}", "{pathology}")):
+            raise InputError(f"template must hold {{location}} and {{pathology}} once each, found {self.template!r}")
+        if len(self.window) != 2 or not 0.0 <= self.window[0] < self.window[1] <= 1.0:
+            raise InputError(f"window must be two ascending fractions in [0, 1], found {self.window}")
+        least = {"batch": 1, "levels": 1, "lora_rank": 0, "alpha": 0, "eps": 0, "jitter": 0}
+        for name, low in {**least, "diversity_weight": 0, "denoising_weight": 0, "learning_rate": 0}.items():
+            if not getattr(self, name) >= low:
+                raise InputError(f"{name} must be at least {low}, found {getattr(self, name)}")
+        return self
+
+
+Maps = Mapping[str, torch.Tensor]
+TARGETS = ("atlas", "segmenter")
+
+
+def _decoder(maps: Maps) -> list[str]:
+    return sorted(layer for layer in maps if layer.startswith("up_blocks."))
+
+
+# layers of {name: (rows, h, w, L)} and the latents' height -> the names of those that learn
+LAYERS: dict[str, Callable[[Maps, int], list[str]]] = {
+    "fine": lambda maps, height: [layer for layer in _decoder(maps) if 2 * maps[layer].shape[1] >= height],
+    "decoder": lambda maps, height: _decoder(maps),
+    "paper": lambda maps, height: [
+        *(layer for layer in maps if layer.startswith("mid_block.")),
+        *_decoder(maps)[:3],
+    ],
+}
+
+
+class AnatomyPromptsLearner:
+    """Learns the embeddings of the places' words; see `train.loop.Learner`."""
+
+    def __init__(
+        self,
+        config: AnatomyPromptsConfig,
+        pipeline: StableDiffusionPipeline,
+        atlas: Atlas,
+        train: Scene,
+        validation: Scene | None = None,
+    ) -> None:
+        """validation: scenes that the losses of baseline and adapter are reported on.
+
+        Raises InputError for an option out of range, or a pipeline that already holds an adapter of the name.
+        """
+        self.config = config.checked()
+        if config.adapter in loaded_adapters(pipeline.unet):
+            raise InputError(f"the pipeline already holds an adapter {config.adapter!r}; train on the plain baseline")
+        self.pipeline, self.atlas, self.train, self.validation = pipeline, atlas, train, validation
+        for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+            module.requires_grad_(False).eval()
+        self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        width = pipeline.text_encoder.config.hidden_size
+        self.embeddings = PromptEmbeddings(pipeline.tokenizer, list(WORDINGS), width)
+        self.embeddings.offsets.data = self.embeddings.offsets.data.to(config.device)
+        self.embeddings.offsets.requires_grad_(True)
+        add_prompt_embeddings(pipeline, config.adapter, self.embeddings)
+        self.lora = self._add_lora() if config.lora_rank else {}
+        self.weights = {"offsets": self.embeddings.offsets, **self.lora}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.learning_rate, weight_decay=0.0)
+
+    def _add_lora(self) -> dict[str, torch.nn.Parameter]:
+        config, unet = self.config, self.pipeline.unet
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            torch.manual_seed(seeding.key(config.seed, STAGE, "weights"))
+            options = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(VALUES))
+            unet.add_adapter(options, config.adapter)
+        mine = {n: w for n, w in unet.named_parameters() if f".{config.adapter}." in n and "lora_" in n}
+        for weight in mine.values():
+            weight.requires_grad_(True)
+        unet.disable_adapters()
+        for weight in mine.values():
+            weight.requires_grad_(True)
+        return mine
+
+    def embed(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Text embeddings (B, L, D), padded as the sampler pads; the gradient reaches the learned offsets."""
+        tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        length = tokenizer.model_max_length
+        tokens = tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(text_encoder.device)
+        mask = tokens.attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
+        return text_encoder(tokens.input_ids, attention_mask=mask)[0]
+
+    def losses(
+        self,
+        scene: Scene,
+        findings: Sequence[PlacedFinding],
+        wordings: Sequence[str],
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        jitter: Sequence[np.random.Generator] | None,
+    ) -> dict[str, torch.Tensor]:
+        """location, diversity and denoising loss of each finding (B,), with the adapter as it is switched now.
+
+        noise (B, C, h, w); timesteps (B, T) int64; jitter: a generator for each finding, or None for none.
+        """
+        config, levels, device = self.config, timesteps.shape[1], self.config.device
+        prompts = [
+            config.template.format(location=wording, pathology=finding.finding)
+            for finding, wording in zip(findings, wordings, strict=True)
+        ]
+        latents = scene.latents[[finding.index for finding in findings]].to(device)
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(levels)
+        maps: dict[str, torch.Tensor] = {}
+        with watch(self.pipeline.unet, maps.__setitem__, gradient=True):
+            denoising = denoising_loss(
+                self.pipeline.unet, latents[rows], self.embed(prompts)[rows], noise.to(device)[rows],
+                timesteps.to(device).flatten(), self.schedule, config.min_snr_gamma,
+            )  # fmt: skip
+        layers = LAYERS[config.layers](maps, latents.shape[-2])
+        if not layers:
+            raise InputError(f"the unet has no cross-attention for layers {config.layers!r}; it has {', '.join(maps)}")
+        location, diversity = [], []
+        for row, (finding, wording) in enumerate(zip(findings, wordings, strict=True)):
+            tokens = list(content_indices(self.pipeline.tokenizer, prompts[row]))
+            region = _region(scene.atlas(finding, self.atlas), wording, config.jitter, jitter[row] if jitter else None)
+            mine = [maps[layer][row * levels : (row + 1) * levels, ..., tokens].movedim(-1, 1) for layer in layers]
+            targets = [torch.from_numpy(region((each.shape[-2], each.shape[-1]))).to(each) for each in mine]
+            pairs = zip(mine, targets, strict=True)
+            location.append(torch.stack([location_loss(*each, config.alpha, config.eps) for each in pairs]).mean())
+            diversity.append(torch.stack([diversity_loss(each) for each in mine]).mean())
+        return {
+            "location_loss": torch.stack(location),
+            "diversity_loss": torch.stack(diversity),
+            "denoising_loss": denoising.unflatten(0, (len(prompts), levels)).mean(dim=1),
+        }
+
+    def update(self, step: int) -> dict[str, float]:
+        config, findings, wordings, jitter = self.config, [], [], []
+        chosen = seeding.batch_indices(len(self.train.findings), config.batch, step, config.seed, STAGE)
+        samples = range(step * config.batch, (step + 1) * config.batch)
+        for sample, row in zip(samples, chosen, strict=True):
+            finding, rng = self.train.findings[row], seeding.numpy_generator(config.seed, STAGE, "target", sample)
+            findings.append(finding)
+            wordings.append(finding.wordings[int(rng.integers(len(finding.wordings)))])
+            jitter.append(rng)
+        noise = seeding.normal(tuple(self.train.latents.shape[1:]), config.seed, "anatomy-noise", 0, list(samples))
+        offset = seeding.numpy_generator(config.seed, STAGE, "levels", step).random((config.batch, 1))
+        with using_adapter(self.pipeline.unet, config.adapter):
+            losses = self.losses(self.train, findings, wordings, noise, self._timesteps(offset), jitter)
+            means = {name: loss.mean() for name, loss in losses.items()}
+            loss = means["location_loss"] + config.diversity_weight * means["diversity_loss"]
+            if config.denoising_weight > 0:
+                loss = loss + config.denoising_weight * means["denoising_loss"]
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self.optimizer.step()
+        return {"loss": loss.item(), **{name: mean.item() for name, mean in means.items()}, "grad_norm": norm.item()}
+
+    def _timesteps(self, offset: np.ndarray) -> torch.Tensor:
+        """Timesteps (B, levels) int64, one in each of as many equal parts of the window, at `offset` (B, 1) in them."""
+        config, last = self.config, self.schedule.config.num_train_timesteps - 1
+        places = (np.arange(config.levels) + offset) / config.levels
+        low, high = config.window
+        return torch.from_numpy(np.round((low + (high - low) * places) * last).astype(np.int64))
+
+    def state(self) -> dict[str, Any]:
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state["weights"].keys() != self.weights.keys():
+            raise InputError(
+                f"the checkpoint learnt other weights: {sorted(state['weights'].keys() ^ self.weights.keys())[:3]}"
+            )
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write the adapter's folder with its atlas; returns its losses on validation images beside the baseline's."""
+        metrics: dict[str, Any] = {
+            "learned_tokens": len(self.embeddings.ids),
+            "lora_parameters": sum(weight.numel() for weight in self.lora.values()),
+            "train_prompts": len(self.train.findings),
+            "train_images": len(self.train.latents),
+            "validation": self.figures(),
+        }
+        details = {"title": self.config.title, "recipe": asdict(self.config), "metrics": metrics}
+        save_prompt_adapter(self.pipeline.unet, folder, self.config.adapter, details=details)
+        self.atlas.write(folder / ATLAS_NAME)
+        return metrics
+
+    def figures(self, count: int = 128) -> dict[str, Any]:
+        """Each loss on validation images, of the baseline, the adapter and their difference; None without such images.
+
+        The same noise, noise levels, canonical wordings and unmoved Gaussians for both, on at most `count` prompts. An
+        image with several prompts counts once, with their mean.
+        """
+        if self.validation is None:
+            return dict.fromkeys(("location_loss", "diversity_loss", "denoising_loss"))
+        found: dict[str | None, dict[str, list[float]]] = {}
+        for adapter in (None, self.config.adapter):
+            found[adapter] = {}
+            for row, finding in enumerate(self.validation.findings[:count]):
+                noise = seeding.normal(tuple(self.validation.latents.shape[1:]), 0, "anatomy-validation", 0, [row])
+                with torch.no_grad(), using_adapter(self.pipeline.unet, adapter):
+                    losses = self.losses(
+                        self.validation, [finding], finding.wordings[:1], noise, self._timesteps(np.full((1, 1), 0.5)),
+                        None,
+                    )  # fmt: skip
+                for name, loss in losses.items():
+                    found[adapter].setdefault(name, []).append(loss.item())
+        images = [finding.index for finding in self.validation.findings[:count]]
+        baseline, adapted = ({n: _image_means(v, images) for n, v in each.items()} for each in found.values())
+        return {
+            name: {
+                "baseline": mean_interval(baseline[name]).as_json(),
+                "adapter": mean_interval(adapted[name]).as_json(),
+                "change": paired_difference(adapted[name], baseline[name]).as_json(),
+            }
+            for name in baseline
+        }
+
+
+def _image_means(values: Sequence[float], images: Sequence[int]) -> np.ndarray:
+    """Mean of the values of each image (N,), in the order of first appearance."""
+    return np.array(
+        [np.mean([v for v, i in zip(values, images, strict=True) if i == each]) for each in dict.fromkeys(images)]
+    )
+
+
+def _region(
+    atlas: Atlas, wording: str, jitter: float, rng: np.random.Generator | None
+) -> Callable[[tuple[int, int]], np.ndarray]:
+    """G of a wording on any grid; the jitter is drawn once, so that every layer sees one target."""
+    seed = None if rng is None else int(rng.integers(2**63))
+
+    def region(grid_hw: tuple[int, int]) -> np.ndarray:
+        again = None if seed is None else np.random.Generator(np.random.Philox(seed))
+        return atlas.heat(WORDINGS[wording], grid_hw, jitter=0.0 if again is None else jitter, rng=again)
+
+    return region
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train anatomy_prompts RECIPE [overrides]`."""
+    config = parse(arguments, AnatomyPromptsConfig).checked()
+    pipeline = open_pipeline(config.base, config.device)
+    segmenter = Segmenter.load(config.segmenter, config.device) if config.target == "segmenter" else None
+    train, validation = (open_split(DOMAIN, name) for name in ("train", "validation"))
+    atlas = fit_atlas(train)
+    scenes = [
+        open_scene(split, pipeline, atlas, notes=config.notes, segmenter=segmenter) for split in (train, validation)
+    ]
+    fit(AnatomyPromptsLearner(config, pipeline, atlas, *scenes), config)

@@ -1,0 +1,17 @@
+"""Side-by-side measurements: `python -m train bench NAME`."""
+
+import importlib
+
+from medviz.errors import InputError
+
+BENCHMARKS = {
+    "attention": ("train.benchmarks.attention", "what capturing attention costs a picture"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train bench NAME [options]`. Raises InputError for a benchmark that does not exist."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        known = "; ".join(f"{name}: {text}" for name, (_, text) in BENCHMARKS.items())
+        raise InputError(f"name a benchmark ({known}), found {arguments[:1] or 'none'}")
+    importlib.import_module(BENCHMARKS[arguments[0]][0]).main(arguments[1:])
