@@ -74,11 +74,16 @@ runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.js
 	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume)
 endef
 
+# The stage that finishes a generator: the cpu preset learns coarse form first and fine lines in a stage of its own.
+GENERATOR := $(if $(filter cpu,$(PRESET)),refine,diffusion)
+
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
 $(call stage,contrastive,contrastive-$(1)-$(PRESET),)
 
 $(call stage,diffusion,diffusion-$(1)-$(PRESET),autoencoder-$(PRESET) contrastive-$(1)-$(PRESET))
+
+$(if $(filter refine,$(GENERATOR)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffusion-$(1)-$(PRESET)))
 
 $(call stage,classifier,reward-$(1)-$(PRESET),)
 
@@ -86,7 +91,7 @@ $(call stage,classifier,judge-$(1)-$(PRESET),)
 
 $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
-$(call stage,rl,rl-$(1)-$(PRESET),diffusion-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
+$(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
 train-$(1): runs/rl-$(1)-$(PRESET)/metrics.json runs/decoder-$(PRESET)/metrics.json runs/segmenter-$(1)-$(PRESET)/metrics.json
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
