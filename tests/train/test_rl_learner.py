@@ -11,7 +11,7 @@ from medviz.domains import get_domain
 from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import sample
 from medviz.models.adapters import load_lora, using_adapter
-from medviz.rewards.registry import Drawn, safe_rewards
+from medviz.rewards.composite import Composite
 from tests import tiny
 from train import checkpoint
 from train.loop import fit
@@ -19,6 +19,7 @@ from train.rl.learner import RlLearner
 from train.rl.prompts import invented_prompts
 from train.rl.recipe import RlConfig
 from train.rl.safeguards import Opinion
+from train.rl.scoring import Scorer
 
 DOMAIN = get_domain("dermatology")
 SMALL = RlConfig(
@@ -78,9 +79,7 @@ def copied(base, prediction_type="v_prediction"):
 
 
 def learner(base, reward=brightness, judge=onlooker, prediction_type="v_prediction", anchor=None, **options):
-    def scorer(images, parsed):
-        return safe_rewards(reward, Drawn(images, tuple(parsed), classifier=None))
-
+    scorer = Scorer(Composite({"given": reward}, {"given": 1.0}))
     return RlLearner(replace(SMALL, **options), copied(base, prediction_type), DOMAIN, scorer, judge, anchor)
 
 
