@@ -117,7 +117,6 @@ def test_every_method_moves_the_density_to_where_the_reward_is_greatest(base, va
     for step in range(30):
         made.update(step)
     off = mean_drawn(made) - GOAL
-    print(variant, off.square().sum() / 1.25)
     # The mean reward is -2 - |mean - goal|^2: at least four fifths of what can be gained was gained.
     assert off.square().sum() < 0.2 * GOAL.square().sum()
 
