@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from medviz.domains import get_domain
-from medviz.errors import InputError
-from medviz.models.adapters import using_adapter
+from medviz.errors import InputError, ModelError
+from medviz.models.adapters import load_lora
 from medviz.rewards.composite import Composite
 from tests import tiny
 from tests.train import toy_density
 from train import checkpoint
+from train.assemble import Parts, adapter_source
 from train.evaluate.fidelity import kernel_distance
 from train.rl.learner import RlLearner
 from train.rl.log_prob import ZeroVarianceError
 from train.rl.objectives import OBJECTIVES
+from train.rl.policy import LoraPolicy, WholePolicy
 from train.rl.recipe import RlConfig, rewards_of
 from train.rl.rollout import certain_steps, latent_seeds, replay_step
 from train.rl.safeguards import Opinion
@@ -63,6 +65,7 @@ VARIANTS = {
     "draft, three steps": ("draft", {"updates": 2, "draft_steps": 3, "draft_random": False}),
     "draft, random truncation": ("draft", {"updates": 2, "draft_steps": 3, "kl_weight": 0.01}),
     "draft, noised anew": ("draft", {"updates": 2, "draft_noisings": 2}),
+    "forward, all weights": ("forward", {**METHODS["forward"], "train_what": "full", "average_decay": 0.3}),
 }
 
 
@@ -94,7 +97,7 @@ def learner(base, objective, reward=quadratic, prediction_type="epsilon", functi
 def mean_drawn(made):
     """The mean of 2,000 draws of noise that no training saw."""
     ids, seeds = np.zeros(2000, int), list(range(2000))
-    with using_adapter(made.pipeline.unet, made.policy.behaviour):
+    with made.policy.using(made.policy.behaviour):
         return made.drawing.sample(ids, seeds, 8).flatten(1).mean(0)
 
 
@@ -361,6 +364,7 @@ def _look_seeds(made):
         ("ddpo", {"train_guidance_scale": 3.0}, "trains at its guidance_scale"),
         ("draft", {"train_guidance_scale": 3.0}, "trains at its guidance_scale"),
         ("grpo", {"advantages": "best"}, "no advantages 'best'"),
+        ("grpo", {"train_what": "some"}, "allowed are lora, full"),
         ("grpo", {"fidelity_ceiling": 0.9}, "1 and more"),
         ("grpo", {"fidelity_images": 3}, "at least 4"),
     ],
@@ -368,6 +372,54 @@ def _look_seeds(made):
 def test_contradictory_options_are_refused_before_anything_runs(base, objective, options, complaint):
     with pytest.raises(InputError, match=complaint):
         learner(base, objective, **{"updates": 2, **options})
+
+
+def test_all_weights_may_learn_with_the_untrained_ones_beside_them(base, tmp_path):
+    made = learner(base, "forward", **METHODS["forward"], train_what="full", average_decay=0.3, evaluate_every=1)
+    unet, before = made.pipeline.unet, made.pipeline.unet.to_q.weight.detach().clone()
+    for step in range(3):
+        made.update(step)
+    learnt = unet.to_q.weight.detach().clone()
+    assert not torch.equal(learnt, before)
+    with made.policy.using(None):
+        assert torch.equal(unet.to_q.weight, before)
+    with made.policy.using(made.policy.behaviour):
+        assert not torch.equal(unet.to_q.weight, before)
+        assert not torch.equal(unet.to_q.weight, learnt)
+    assert torch.equal(unet.to_q.weight, learnt)
+    metrics = made.export(tmp_path)
+    assert metrics["trained_parameters"] == 2
+    kept = made.best if metrics["kept_epoch"] else made.policy.weights(made.policy.behaviour)
+    assert torch.equal(toy_density.GaussianUNet.from_pretrained(tmp_path / "unet").to_q.weight, kept["to_q.weight"])
+    with pytest.raises(ModelError, match="kind 'unet'"):
+        load_lora(toy_density.GaussianUNet(), tmp_path, "attribute")
+
+
+def test_all_weights_learn_on_after_a_resume_as_without_one(base, tmp_path):
+    options = {**METHODS["forward"], "train_what": "full", "average_decay": 0.3, "steps": 3}
+    whole, first, second = (learner(base, "forward", **options) for _ in range(3))
+    figures = [whole.update(step) for step in range(3)]
+    for step in range(2):
+        first.update(step)
+    checkpoint.save(tmp_path, 2, first.state())
+    second.load_state(checkpoint.load(tmp_path)[1])
+    assert second.update(2) == figures[2]
+    for which in (whole.policy.name, whole.policy.behaviour):
+        assert torch.equal(second.policy.weights(which)["to_q.weight"], whole.policy.weights(which)["to_q.weight"])
+
+
+def test_a_unet_with_adapters_is_not_trained_as_a_whole(base):
+    pipeline = toy_density.pipeline(base)
+    LoraPolicy(pipeline.unet, "other", rank=1, alpha=1.0)
+    with pytest.raises(InputError, match="holds the adapters"):
+        WholePolicy(pipeline.unet, "attribute")
+
+
+def test_a_whole_unet_is_not_assembled_as_an_adapter(tmp_path):
+    (tmp_path / "run" / "unet").mkdir(parents=True)
+    parts = Parts("dermatology", "cpu", *[""] * 6, 3.0, {"attribute": str(tmp_path / "run")}, None, {})
+    with pytest.raises(InputError, match="no adapter"):
+        adapter_source(parts, "attribute")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from medviz.generation.sampling import decode, sample
-from medviz.models.adapters import using_adapter
 from train import seeding
 from train.rl.log_prob import DdimSchedule, deterministic_schedule, stochastic_schedule
 from train.rl.objectives import get_objective
@@ -53,7 +52,7 @@ class Drawing:
         prompt_ids = np.repeat(chosen, config.images_per_prompt)
         indices = range(len(prompt_ids))
         schedule = self.schedule_of(epoch)
-        with using_adapter(unet, self.policy.behaviour):
+        with self.policy.using(self.policy.behaviour):
             if schedule is not None:
                 return roll_out(
                     unet,

@@ -20,14 +20,13 @@ from diffusers import StableDiffusionPipeline
 
 from medviz.domains.base import Domain
 from medviz.errors import InputError, ModelError
-from medviz.models.adapters import save_lora
 from train import seeding
 from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
 from train.rl.looking import Looks
 from train.rl.objectives import get_objective
-from train.rl.policy import Policy
+from train.rl.policy import LoraPolicy, Policy, WholePolicy
 from train.rl.prompts import invented_prompts, prompt_table
 from train.rl.recipe import RlConfig, check
 from train.rl.replaying import Replayer
@@ -49,7 +48,7 @@ class Rewarded:
 
 
 class RlLearner:
-    """Learns a LoRA adapter from rewards; see `train.loop.Learner`."""
+    """Learns an adapter, or all weights of the unet, from rewards; see `train.loop.Learner`."""
 
     def __init__(
         self,
@@ -68,15 +67,7 @@ class RlLearner:
         self.config, self.pipeline, self.scorer, self.anchor = config, pipeline, scorer, anchor
         self.objective = get_objective(config.objective)
         self.advantages = ADVANTAGES[config.advantages or self.objective.advantages]
-        self.policy = Policy(
-            pipeline.unet,
-            config.adapter,
-            rank=config.rank,
-            alpha=config.lora_alpha,
-            convolutions=config.lora_convolutions,
-            averaged=self.objective.replays == "forward",
-            seed=config.seed,
-        )
+        self.policy = self._policy()
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
@@ -96,6 +87,21 @@ class RlLearner:
         self.forwards: dict[str, int] = defaultdict(int)
         self._phase = "other"
         pipeline.unet.register_forward_hook(self._count)
+
+    def _policy(self) -> Policy:
+        config, unet = self.config, self.pipeline.unet
+        averaged = self.objective.replays == "forward"
+        if config.train_what == "full":
+            return WholePolicy(unet, config.adapter, averaged=averaged)
+        return LoraPolicy(
+            unet,
+            config.adapter,
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            convolutions=config.lora_convolutions,
+            averaged=averaged,
+            seed=config.seed,
+        )
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:
         self.forwards[self._phase] += len(arguments[0])
@@ -271,8 +277,8 @@ class RlLearner:
             "history": [{"epoch": e.epoch, **e.summary()} for e in self.watch.history],
             "reward_failures": self.failures,
             "unet_forwards": dict(self.forwards),
-            "lora_parameters": sum(p.numel() for p in self.policy.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.policy.parameters()),
         }
         details = {"title": self.config.title, "recipe": asdict(self.config), "metrics": metrics}
-        save_lora(self.pipeline.unet, folder, self.config.adapter, details=details)
+        self.policy.save(folder, details)
         return metrics

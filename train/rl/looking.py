@@ -7,7 +7,6 @@ import torch
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
-from medviz.models.adapters import using_adapter
 from train.evaluate.fidelity import kernel_distance
 from train.rl.drawing import Drawing
 from train.rl.recipe import RlConfig
@@ -44,7 +43,7 @@ class Looks:
         config, drawing = self.config, self.drawing
         prompt_ids = np.repeat(self.prompts, config.evaluation_images)
         seeds = latent_seeds(config.seed, "rl-evaluation", 0, range(len(prompt_ids)))
-        with using_adapter(drawing.pipeline.unet, drawing.policy.behaviour if epoch else None):
+        with drawing.policy.using(drawing.policy.behaviour if epoch else None):
             images = drawing.images(drawing.sample(prompt_ids, seeds, config.evaluation_steps))
         parsed = [drawing.table.parsed[i] for i in prompt_ids]
         seen, opinion = self.scorer.rewarded(images, parsed, config.rollout_batch), self._opinion(images, parsed)

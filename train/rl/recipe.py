@@ -10,6 +10,7 @@ from train.rl.objectives import Objective, get_objective
 from train.rl.scoring import refuse_stepped
 
 COMPOSITE = "composite"
+TRAINED = ("lora", "full")
 
 
 @dataclass
@@ -89,6 +90,8 @@ class RlConfig(StageConfig):
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
+    train_what: str = "lora"
+    """lora, or full: all weights of the UNet, exported as a model of its own and no adapter."""
     rank: int = 16
     """Of LoRA, on the attention projections."""
     lora_alpha: float = 16.0
@@ -157,6 +160,7 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     yield config.updates > images, f"updates is {config.updates}; an epoch has {images} images, each update needs one"
     yield config.images_per_prompt < 2, f"images_per_prompt is {config.images_per_prompt}; comparing needs at least 2"
     yield config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"
+    yield config.train_what not in TRAINED, f"no train_what {config.train_what!r}; allowed are {', '.join(TRAINED)}"
     yield not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"
     yield (
         not 0 <= config.average_decay < 1,

@@ -14,7 +14,6 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import decode_latents, noise_pred
-from medviz.models.adapters import using_adapter
 from train import seeding
 from train.rl.log_prob import DdimSchedule
 from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
@@ -90,7 +89,7 @@ class Replayer:
         predict = partial(noise_pred, self.pipeline.unet, noisy, timesteps, embeds, 1.0)
         with torch.no_grad():
             policy = predict()
-            with using_adapter(self.pipeline.unet, None):
+            with self.policy.using(None):
                 return (policy - predict()).square().mean().item()
 
     def _chain(self, index: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
@@ -98,7 +97,7 @@ class Replayer:
         # One guidance scale for both: the rollout's. There is no other that this replay could take.
         again = partial(replay_step, unet, self.table, rollout, rows, index, self._ddim, self.config.guidance_scale)
         if self.config.kl_weight > 0:
-            with using_adapter(unet, None), torch.no_grad():
+            with self.policy.using(None), torch.no_grad():
                 reference_mean = again().mean
         old = rollout.old_log_prob(rows, index).to(advantages.device)
         return self.objective.loss(Replay(advantages, again(), old, reference_mean), self.options)
@@ -113,10 +112,10 @@ class Replayer:
         old = reference = None
         with torch.no_grad():
             if self.objective.needs_old:
-                with using_adapter(unet, self.policy.behaviour):
+                with self.policy.using(self.policy.behaviour):
                     old = predict()
             if config.kl_weight > 0:
-                with using_adapter(unet, None):
+                with self.policy.using(None):
                     reference = predict()
         replay = Replay(
             advantages, prediction=predict(), target=target, old_prediction=old, reference_prediction=reference
@@ -161,7 +160,7 @@ class Replayer:
         again = partial(certain_steps, unet, start, steps, self.table.embeds(ids), self._ddim, scale)
         reference = None
         if self.config.kl_weight > 0:
-            with using_adapter(unet, None), torch.no_grad():
+            with self.policy.using(None), torch.no_grad():
                 reference = again()[1]
         latents, prediction = again()
         rewards = self.reward(decode_latents(self.pipeline.vae, latents), [self.table.parsed[i] for i in ids])
