@@ -132,6 +132,15 @@ def _replace_autoencoder(place: Path, source: str) -> None:
     shipped.save_pretrained(place)
 
 
+def adapter_source(parts: Parts, name: str) -> str:
+    """The folder that the adapter `name` comes from. InputError where it holds a whole UNet instead: that would be
+    another baseline, not something to switch on over this one."""
+    source = parts.adapters[name]
+    if (Path(source) / "unet").is_dir():
+        raise InputError(f"{source} holds a whole UNet (train_what full): it is a model of its own and no adapter")
+    return source
+
+
 def assemble(parts: Parts, folder: Path) -> None:
     """Write the model folder `folder` from the parts and describe it in manifest.json and README.md."""
     writing = folder.with_name(f".writing-{folder.name}")
@@ -147,8 +156,8 @@ def assemble(parts: Parts, folder: Path) -> None:
         if source:
             _copy(source, writing / name)
             _halve(writing / name)
-    for name, source in parts.adapters.items():
-        _copy(source, writing / "adapters" / name)
+    for name in parts.adapters:
+        _copy(adapter_source(parts, name), writing / "adapters" / name)
         _halve(writing / "adapters" / name)
     metrics: dict[str, Any] = {}
     for stage, run in parts.runs.items():

@@ -141,7 +141,10 @@ class ContrastiveLearner:
         self.schedule.load_state_dict(state["schedule"])
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """Write tokenizer/, text_encoder/ and features/; return the validation loss and its chance level."""
+        """Write tokenizer/, text_encoder/, features/ and alignment/; return the validation loss and its chance level.
+
+        alignment/ is the whole model with its tokenizer, both projections included, for the alignment reward.
+        """
         self.clip.eval()
         captions = [self.domain.caption(r, random.Random(i)) for i, r in enumerate(self.validation.records)]
         losses, size = [], self.config.batch
@@ -156,6 +159,8 @@ class ContrastiveLearner:
         features = CLIPVisionModelWithProjection(self.clip.config.vision_config)
         features.load_state_dict(_without_prefix(self.clip.state_dict(), features.state_dict(), ""))
         features.save_pretrained(folder / "features")
+        self.clip.save_pretrained(folder / "alignment")
+        self.tokenizer.save_pretrained(folder / "alignment")
         mean = float(np.mean(losses)) if losses else None
         return {
             "validation_loss": mean,

@@ -44,11 +44,15 @@ class Field:
 
 @dataclass(frozen=True)
 class Head:
-    """One yes-or-no question that a classifier answers of an image; heads of one group exclude each other."""
+    """One yes-or-no question that a classifier answers of an image; heads of one group exclude each other.
+
+    aspect: the part of a report that the question belongs to, empty where reports have no parts.
+    """
 
     name: str
     label: str
     group: str | None = None
+    aspect: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,15 @@ class Domain(ABC):
             if head.name == name:
                 return head
         raise InputError(f"unknown head {name!r}; {self.name} has {', '.join(head.name for head in self.heads)}")
+
+    @property
+    def aspects(self) -> dict[str, tuple[str, ...]]:
+        """Part of a report -> names of its heads; empty where this domain's reports have no parts."""
+        found: dict[str, tuple[str, ...]] = {}
+        for head in self.heads:
+            if head.aspect:
+                found[head.aspect] = (*found.get(head.aspect, ()), head.name)
+        return found
 
     def head_prompt(self, name: str) -> str:
         """The canonical prompt that asks for one head. Raises InputError on an unknown head."""

@@ -359,12 +359,12 @@ DOMAIN = Radiology(
     ),
     heads=(
         *(
-            Head(head, choice[0].upper() + choice[1:], "cause" if choice in CAUSES else None)
+            Head(head, choice[0].upper() + choice[1:], "cause" if choice in CAUSES else None, aspect="finding")
             for choice, (head, _) in FINDINGS.items()
         ),
-        Head("child", "Child"),
-        Head("pa_view", "PA view"),
-        Head("male", "Male"),
+        Head("child", "Child", aspect="person"),
+        Head("pa_view", "PA view", aspect="view"),
+        Head("male", "Male", aspect="person"),
     ),
     regions=REGIONS,
     examples=(

@@ -240,16 +240,21 @@ def _scale_and_shift(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
 
+def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W), float32 clamped to [-1, 1], of latents (B, C, h, w); keeps the gradient if there is one."""
+    scale, shift = _scale_and_shift(vae)
+    images = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[0]
+    return images.float().clamp(-1.0, 1.0)
+
+
 def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W), float32 in [-1, 1], of latents (B, C, h, w); for AutoencoderKL and AutoencoderTiny.
 
     Raises ModelError when the autoencoder returns a value that is not finite.
     """
     vae = pipeline.vae
-    scale, shift = _scale_and_shift(vae)
     with torch.inference_mode():
-        images = vae.decode((latents / scale + shift).to(vae.device, vae.dtype), return_dict=False)[0]
-        images = images.float().clamp(-1.0, 1.0)
+        images = decode_latents(vae, latents)
         if not bool(torch.isfinite(images).all()):
             raise ModelError(f"the autoencoder returned values that are not finite (it runs in {vae.dtype})")
     return images.clone()

@@ -1,8 +1,9 @@
 """The rewards a generator can be aligned with: one function and one entry in REWARDS each, all of one signature."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, MedvizError
 from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
+from medviz.rewards.consistency import REPORT, consistency
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +26,28 @@ class AnatomyNetwork(Protocol):
         """Class probabilities (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; class 0 is the background."""
 
 
+class TextImageNetwork(Protocol):
+    """What the alignment reward needs of a contrastive model."""
+
+    def similarity(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Cosine (B,) in [-1, 1] of images (B, 3, H, W) in [-1, 1] with their prompts."""
+
+
 @dataclass(frozen=True)
 class Drawn:
     """B images and what a reward may look at beside them.
 
     images: (B, 3, H, W) in [-1, 1]. prompts: what was asked of each. classifier: the reward network, never the judge.
-    anatomy: the segmenter, for rewards that need it.
+    anatomy: the segmenter, alignment: the contrastive model, aspects: which heads belong to which part of a report
+    (`Domain.aspects`), each for rewards that need it.
     """
 
     images: torch.Tensor
     prompts: tuple[ParsedPrompt, ...]
-    classifier: AttributeClassifier
+    classifier: AttributeClassifier | None = None
     anatomy: AnatomyNetwork | None = None
+    alignment: TextImageNetwork | None = None
+    aspects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -51,16 +63,16 @@ RewardFunction = Callable[[Drawn], torch.Tensor]
 
 def attribute(drawn: Drawn) -> torch.Tensor:
     """The continuous attribute reward, in [-1, 1]."""
-    targets, mask = prompt_targets(drawn.prompts, drawn.classifier.heads)
-    return attribute_reward(
-        drawn.classifier.logits(drawn.images), targets, mask, thresholds=drawn.classifier.thresholds
-    )
+    classifier = _classifier(drawn, "attribute")
+    targets, mask = prompt_targets(drawn.prompts, classifier.heads)
+    return attribute_reward(classifier.logits(drawn.images), targets, mask, thresholds=classifier.thresholds)
 
 
 def attribute_paper(drawn: Drawn) -> torch.Tensor:
     """The attribute reward of RL4Med-DDPO (arXiv 2503.15784), in [0, 1] with few levels."""
-    targets, mask = prompt_targets(drawn.prompts, drawn.classifier.heads)
-    return attribute_reward_paper(drawn.classifier.logits(drawn.images), targets, mask, drawn.classifier.thresholds)
+    classifier = _classifier(drawn, "attribute_paper")
+    targets, mask = prompt_targets(drawn.prompts, classifier.heads)
+    return attribute_reward_paper(classifier.logits(drawn.images), targets, mask, classifier.thresholds)
 
 
 def anatomy(drawn: Drawn) -> torch.Tensor:
@@ -77,11 +89,45 @@ def anatomy(drawn: Drawn) -> torch.Tensor:
     return 2.0 * sure[:, 1:].mean(dim=1) - 1.0
 
 
+def alignment(drawn: Drawn) -> torch.Tensor:
+    """Cosine of image and prompt in the contrastive model's space, in [-1, 1]. Raises InputError without that model."""
+    if drawn.alignment is None:
+        raise InputError("the alignment reward needs a contrastive model")
+    return drawn.alignment.similarity(drawn.images, [parsed.prompt for parsed in drawn.prompts])
+
+
+def report_consistency(aspect: str, drawn: Drawn) -> torch.Tensor:
+    """One row of :func:`medviz.rewards.consistency.consistency`, in [-1, 1]; NaN where the prompt says nothing of it.
+
+    Raises InputError for an aspect that the domain's heads do not have.
+    """
+    classifier = _classifier(drawn, f"{aspect}_consistency")
+    targets, mask = prompt_targets(drawn.prompts, classifier.heads)
+    logits, thresholds = classifier.logits(drawn.images), classifier.thresholds
+    rows = consistency(logits, targets, mask, thresholds, classifier.heads, drawn.aspects)
+    if aspect not in rows:
+        raise InputError(f"this domain's reports have no part {aspect!r}; they have {', '.join(rows) or 'none'}")
+    return rows[aspect]
+
+
+def _classifier(drawn: Drawn, reward: str) -> AttributeClassifier:
+    if drawn.classifier is None:
+        raise InputError(f"the reward {reward} needs an attribute classifier")
+    return drawn.classifier
+
+
 REWARDS: Mapping[str, RewardFunction] = {
     "attribute": attribute,
     "attribute_paper": attribute_paper,
     "anatomy": anatomy,
+    "alignment": alignment,
+    "view_consistency": partial(report_consistency, "view"),
+    "finding_consistency": partial(report_consistency, "finding"),
+    "report_consistency": partial(report_consistency, REPORT),
 }
+
+STEPPED = frozenset({"attribute_paper"})
+"""Rewards that count: they have no gradient, and only methods that need none can learn from them."""
 
 
 def get_reward(name: str) -> RewardFunction:

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from medviz.errors import ModelError
+from medviz.rewards.alignment import AlignmentNetwork
 from train import seeding
 from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_components, write_encoder
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
@@ -142,6 +143,18 @@ def test_contrastive_parts_reload_with_the_learnt_weights(stages) -> None:
     features = CLIPVisionModelWithProjection.from_pretrained(root / "contrastive/model/features")
     assert text_encoder.config.vocab_size == len(tokenizer)
     assert features(torch.zeros(1, 3, 32, 32)).image_embeds.shape == (1, 8)
+
+
+def test_the_alignment_reward_reads_what_a_contrastive_run_exports(stages) -> None:
+    root, train, *_ = stages
+    parts = root / "contrastive/model"
+    network = AlignmentNetwork.load(parts / "alignment")
+    images = to_pixels(train.images(32, [0, 1, 2]))
+    features = CLIPVisionModelWithProjection.from_pretrained(parts / "features", dtype=torch.float32)
+    with torch.no_grad():
+        seen = torch.nn.functional.normalize(features(pixel_values=images).image_embeds, dim=-1)
+    found = network.similarity(images, ["hair", "no hair", "hair"])
+    torch.testing.assert_close(found, (seen * network._text(["hair", "no hair", "hair"])).sum(1))
 
 
 def test_a_run_never_overwrites_another(stages) -> None:

@@ -6,9 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medviz.errors import InputError
-from train.rl.advantages import PromptStatistics, centred_advantages, group_advantages, running_advantages
+from train.rl.advantages import (
+    ADVANTAGES,
+    PromptStatistics,
+    centred_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    running_advantages,
+)
 
-METHODS = [running_advantages, group_advantages, centred_advantages]
+METHODS = list(ADVANTAGES.values())
+NORMALISED = [method for method in METHODS if method is not leave_one_out_advantages]
 
 
 def all_valid(rewards):
@@ -24,7 +32,7 @@ def test_equal_rewards_give_exactly_zero(method, value):
     assert result.zero_variance == 1.0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NORMALISED)
 def test_integer_rewards_are_not_truncated(method):
     rewards, ids = np.array([1, 2, 3, 5]), np.zeros(4, int)
     result = method(ids, rewards, all_valid(rewards), 5.0, PromptStatistics(32, 1))
@@ -40,7 +48,7 @@ def test_a_group_of_one_gives_no_nan(method):
         assert np.array_equal(result.values, np.zeros(len(rewards), np.float32))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NORMALISED)
 def test_normalised_first_and_clamped_afterwards(method):
     rewards, ids = np.array([0.0] * 15 + [1000.0]), np.zeros(16, int)
     result = method(ids, rewards, all_valid(rewards), 2.0, PromptStatistics(32, 1))
@@ -54,7 +62,9 @@ def test_masked_rewards_count_for_nothing(method):
     rewards, valid = np.array([1.0, np.nan, 3.0, np.inf]), np.array([True, False, True, False])
     statistics = PromptStatistics(32, 1)
     result = method(np.zeros(4, int), rewards, valid, 5.0, statistics)
-    np.testing.assert_allclose(result.values, [-1, 0, 1, 0], atol=1e-5)
+    # Left out itself, each of two rewards is as far from the other as they are apart: 2.
+    size = 2 if method is leave_one_out_advantages else 1
+    np.testing.assert_allclose(result.values, [-size, 0, size, 0], atol=1e-5)
     assert list(statistics.history[0]) == [1.0, 3.0]
 
 
@@ -89,6 +99,23 @@ def test_group_advantages_stay_inside_the_group():
     rewards, ids = np.array([1.0, 2.0, 101.0, 102.0]), np.array([0, 0, 1, 1])
     result = group_advantages(ids, rewards, np.ones(4, bool), 5.0, PromptStatistics())
     np.testing.assert_allclose(result.values, [-1, 1, -1, 1], atol=1e-5)
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    rewards, ids = np.array([1, 2, 3, 5, 9, 9]), np.array([0, 0, 0, 0, 1, 1])
+    result = leave_one_out_advantages(ids, rewards, np.ones(6, bool), 5.0, PromptStatistics())
+    others = [(2 + 3 + 5) / 3, (1 + 3 + 5) / 3, (1 + 2 + 5) / 3, (1 + 2 + 3) / 3]
+    np.testing.assert_allclose(
+        result.values, [1 - others[0], 2 - others[1], 3 - others[2], 5 - others[3], 0, 0], rtol=1e-6
+    )
+    assert result.zero_variance == 0.5
+    assert leave_one_out_advantages(ids, 100 * rewards, np.ones(6, bool), 5.0, PromptStatistics()).values.max() == 5.0
+
+
+def test_statistics_are_kept_by_prompt_id_whatever_the_prompts_say():
+    statistics = PromptStatistics(size=8, minimum=2)
+    running_advantages(np.array([3, 3, 8, 8]), np.array([0.0, 2.0, 100.0, 102.0]), np.ones(4, bool), 5.0, statistics)
+    assert {prompt: list(kept) for prompt, kept in statistics.history.items()} == {3: [0.0, 2.0], 8: [100.0, 102.0]}
 
 
 def test_a_nearly_flat_prompt_is_not_blown_up_beside_a_spread_one():

@@ -9,9 +9,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from medviz.domains import get_domain
 from medviz.errors import InputError, ModelError
-from medviz.generation.sampling import sample
+from medviz.generation.sampling import decode, decode_latents, sample
 from medviz.models.adapters import load_lora, using_adapter
-from medviz.rewards.registry import Drawn, safe_rewards
+from medviz.rewards.composite import Composite
 from tests import tiny
 from train import checkpoint
 from train.loop import fit
@@ -19,6 +19,7 @@ from train.rl.learner import RlLearner
 from train.rl.prompts import invented_prompts
 from train.rl.recipe import RlConfig
 from train.rl.safeguards import Opinion
+from train.rl.scoring import Scorer
 
 DOMAIN = get_domain("dermatology")
 SMALL = RlConfig(
@@ -78,9 +79,7 @@ def copied(base, prediction_type="v_prediction"):
 
 
 def learner(base, reward=brightness, judge=onlooker, prediction_type="v_prediction", anchor=None, **options):
-    def scorer(images, parsed):
-        return safe_rewards(reward, Drawn(images, tuple(parsed), classifier=None))
-
+    scorer = Scorer(Composite({"given": reward}, {"given": 1.0}))
     return RlLearner(replace(SMALL, **options), copied(base, prediction_type), DOMAIN, scorer, judge, anchor)
 
 
@@ -102,6 +101,41 @@ def test_ratio_is_one_before_the_first_update_and_not_after(base, prediction_typ
     assert made.accumulate(0, rollout, advantages, rows)["ratio_deviation"] < 1e-5
     made.optimizer.step()
     assert made.accumulate(0, rollout, advantages, rows)["ratio_deviation"] > 1e-5
+
+
+def test_dropout_is_off_and_guidance_the_same_in_rollout_and_replay(base):
+    pipeline, asked = copied(base), []
+    for module in pipeline.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    pipeline.unet.train()
+    scorer = Scorer(Composite({"given": brightness}, {"given": 1.0}))
+    made = RlLearner(replace(SMALL, timesteps_per_image=0, updates=2), pipeline, DOMAIN, scorer, onlooker)
+
+    def note(_, __, named, ___):
+        asked.append(named["encoder_hidden_states"].detach())
+
+    pipeline.unet.register_forward_hook(note, with_kwargs=True)
+    rollout = made.draw(0)
+    drawn = len(asked)
+    figures = made.accumulate(0, rollout, np.ones(8, np.float32), np.arange(8))
+    assert figures["ratio_deviation"] < 1e-5
+    assert len(asked) == 2 * drawn
+    embeds = made.table.embeds(rollout.prompt_ids)
+    assert all(torch.equal(text, torch.cat([embeds.uncond, embeds.cond])) for text in asked)
+
+
+def test_a_reward_can_be_followed_through_the_decoder_that_is_served(base):
+    made = learner(base, objective="draft", updates=1, draft_steps=2, draft_random=False)
+    rollout = made.draw(0)
+    latents = rollout.latents.clone().requires_grad_()
+    images = decode_latents(made.pipeline.vae, latents)
+    assert torch.equal(images.detach(), decode(made.pipeline, rollout.latents))
+    figures = made.accumulate(0, rollout, np.zeros(8, np.float32), np.arange(8))
+    # Before any update the tail ends where the rollout ended.
+    assert figures["tail_reward"] == pytest.approx(made.rewarded(rollout).values.mean(), rel=1e-4)
+    assert gradient(made).abs().max() > 0
+    assert made.forwards["with gradient"] == 2 * 8 * 2  # steps, images, both halves of guidance
 
 
 def test_the_noise_of_an_image_does_not_depend_on_its_batch(base):

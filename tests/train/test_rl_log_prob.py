@@ -5,7 +5,15 @@ import torch
 from diffusers import DDIMScheduler
 
 from medviz.errors import InputError
-from train.rl.log_prob import ZeroVarianceError, ddim_step, gaussian_log_prob, kl_same_std, stochastic_schedule
+from train.rl.log_prob import (
+    ZeroVarianceError,
+    ddim_step,
+    deterministic_schedule,
+    deterministic_step,
+    gaussian_log_prob,
+    kl_same_std,
+    stochastic_schedule,
+)
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPE = (2, 3, 4, 6)
@@ -58,6 +66,62 @@ def test_step_in_fp32_agrees_with_the_equations_in_float64(prediction_type):
         step = ddim_step(schedule, index, prediction.float(), latents.float(), noise=noise.float())
         torch.testing.assert_close(step.mean.double(), mean, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(step.log_prob.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_log_prob_is_that_of_what_diffusers_draws(prediction_type):
+    """At eta 1, its step with the noise 0 gives the mean and with the noise z the outcome, std z away."""
+    config = configuration(prediction_type, "trailing", steps_offset=1)
+    theirs = DDIMScheduler(**config, set_alpha_to_one=False, clip_sample=False)
+    theirs.set_timesteps(10)
+    schedule = stochastic_schedule(config, 10)
+    latents, prediction, noise = (normal(seed, dtype=torch.float64) for seed in range(3))
+    for index, t in enumerate(theirs.timesteps):
+        mean = theirs.step(prediction, t, latents, eta=1.0, variance_noise=torch.zeros_like(noise)).prev_sample
+        drawn = theirs.step(prediction, t, latents, eta=1.0, variance_noise=noise).prev_sample
+        std = (drawn - mean).norm() / noise.norm()
+        expected = torch.distributions.Normal(mean, std).log_prob(drawn).flatten(1).mean(1)
+        step = ddim_step(schedule, index, prediction.float(), latents.float(), prev_latents=drawn.float())
+        # Their variances are fp32, and the last step's is small.
+        torch.testing.assert_close(step.log_prob.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_half_precision_errs_on_the_scale_of_the_clip_range():
+    """Why log-probs stay in fp32: rounded to fp16 or bf16 the ratio is off by much of the range 1e-4, or far beyond."""
+    schedule = stochastic_schedule(configuration(steps_offset=1), 5)
+    log_prob = ddim_step(
+        schedule, 2, normal(0, (64, 3, 4, 6)), normal(1, (64, 3, 4, 6)), noise=normal(2, (64, 3, 4, 6))
+    ).log_prob
+    off = [((log_prob.to(dtype).float() - log_prob).exp() - 1).abs().max() for dtype in (torch.float16, torch.bfloat16)]
+    assert off[0] > 0.3 * 1e-4
+    assert off[1] > 3 * 1e-4
+
+
+def test_a_window_leaves_noise_in_its_own_steps_alone():
+    schedule = stochastic_schedule(configuration(), 5)
+    assert schedule.stochastic == (0, 1, 2, 3, 4)
+    inside = schedule.windowed(1, 3)
+    assert inside.stochastic == (1, 2, 3)
+    assert [inside.stds[i] for i in inside.stochastic] == list(schedule.stds[1:4])
+    for start, length in ((0, 0), (-1, 2), (3, 3), (0, 6)):
+        with pytest.raises(InputError, match="does not lie in a chain of 5"):
+            schedule.windowed(start, length)
+
+
+def test_a_certain_step_is_diffusers_own_without_noise_and_has_no_log_prob():
+    config = configuration("v_prediction", "trailing", steps_offset=1)
+    theirs = DDIMScheduler(**config, set_alpha_to_one=False, clip_sample=False)
+    theirs.set_timesteps(10)
+    schedule = deterministic_schedule(config, 10)
+    assert schedule.stochastic == ()
+    for index, t in enumerate(theirs.timesteps):
+        expected = theirs.step(normal(0), t, normal(1), eta=0.0).prev_sample
+        torch.testing.assert_close(
+            deterministic_step(schedule, index, normal(0), normal(1)), expected, rtol=1e-4, atol=1e-4
+        )
+        for given in ({"noise": normal(2)}, {"prev_latents": normal(2)}):
+            with pytest.raises(ZeroVarianceError, match=f"step {index} draws nothing"):
+                ddim_step(schedule, index, normal(0), normal(1), **given)
 
 
 def test_log_prob_is_the_mean_over_elements_and_not_their_sum():

@@ -3,7 +3,17 @@ import torch
 
 from medviz.errors import InputError
 from train.rl.log_prob import DdimStep, gaussian_log_prob
-from train.rl.objectives import OBJECTIVES, ObjectiveOptions, Replay, clipped_policy_loss, forward, get_objective
+from train.rl.objectives import (
+    OBJECTIVES,
+    ObjectiveOptions,
+    Replay,
+    awm,
+    clipped_policy_loss,
+    ddpo_sf,
+    draft,
+    forward,
+    get_objective,
+)
 
 SHAPE = (3, 2, 4, 4)
 
@@ -34,6 +44,8 @@ def test_the_four_quadrants_of_the_clip(log_ratio, advantage, learns):
     else:
         assert gradient == 0.0
     ratio = torch.tensor(float(log_ratio)).exp()
+    # d(-A ratio) / d log_prob = -A ratio where the clip does not act, and nothing where it does.
+    assert gradient == pytest.approx(-advantage * ratio.item() if learns else 0.0, rel=1e-6)
     torch.testing.assert_close(losses.figures["ratio"], ratio[None])
     assert losses.figures["clip_fraction"].item() == float(abs(ratio - 1) > 0.1)
     assert losses.figures["approx_kl"].item() == pytest.approx(0.5 * log_ratio**2)
@@ -113,13 +125,52 @@ def test_distance_from_the_adapter_free_prediction_is_weighted_in():
     torch.testing.assert_close(held.loss - plain.loss, 0.5 * (prediction - reference).square().mean(dim=(1, 2, 3)))
 
 
+def test_the_score_function_weighs_the_log_prob_and_clips_nothing():
+    log_prob = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    drawn = normal(5)
+    advantages, old = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([-5.0, -2.0, -3.0])
+    losses = ddpo_sf(Replay(advantages, DdimStep(drawn, drawn, 0.5, log_prob), old), ObjectiveOptions())
+    losses.loss.sum().backward()
+    assert torch.equal(log_prob.grad, -advantages)
+    torch.testing.assert_close(losses.figures["ratio"], (log_prob.detach() - old).exp())
+    assert losses.figures["clip_fraction"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_awm_is_the_denoising_loss_weighted_by_the_advantage():
+    prediction, reference, advantages = normal(1).requires_grad_(), normal(2), torch.tensor([2.0, -2.0, 0.0])
+    held = noised_replay([2.0, -2.0, 0.0], prediction, reference=reference)
+    losses = awm(held, ObjectiveOptions(kl_weight=0.5))
+    losses.loss.sum().backward()
+    error, away = prediction.detach() - normal(9), prediction.detach() - reference
+    weighted = advantages * error.square().mean(dim=(1, 2, 3)) + 0.5 * away.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.loss, weighted)
+    slope = (2 * advantages.view(-1, 1, 1, 1) * error + away) / error[0].numel()
+    torch.testing.assert_close(prediction.grad, slope)
+
+
+def test_draft_goes_uphill_and_is_held_by_its_distance():
+    rewards, prediction = torch.tensor([1.0, -2.0, 0.0], requires_grad=True), normal(1)
+    replay = Replay(torch.zeros(3), rewards=rewards, prediction=prediction, reference_prediction=normal(2))
+    losses = draft(replay, ObjectiveOptions(kl_weight=0.5))
+    losses.loss.sum().backward()
+    assert rewards.grad.tolist() == [-1.0, -1.0, -1.0]
+    distance = (prediction - normal(2)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.loss, 0.5 * distance - rewards)
+
+
 def test_an_objective_refuses_the_other_process():
     with pytest.raises(InputError, match="stored log-probabilities"):
         OBJECTIVES["ddpo"].loss(noised_replay([0.0, 0.0, 0.0], normal(1)), ObjectiveOptions())
     with pytest.raises(InputError, match="noised latents"):
         OBJECTIVES["forward"].loss(chain_replay(normal(0), None), ObjectiveOptions())
+    with pytest.raises(InputError, match="noised latents"):
+        OBJECTIVES["awm"].loss(chain_replay(normal(0), None), ObjectiveOptions())
+    with pytest.raises(InputError, match="stored log-probabilities"):
+        OBJECTIVES["ddpo_sf"].loss(noised_replay([0.0, 0.0, 0.0], normal(1)), ObjectiveOptions())
+    with pytest.raises(InputError, match="differentiable rewards"):
+        OBJECTIVES["draft"].loss(chain_replay(normal(0), None), ObjectiveOptions())
 
 
 def test_an_unknown_objective_names_the_known_ones():
-    with pytest.raises(InputError, match="ddpo, grpo, forward"):
+    with pytest.raises(InputError, match="ddpo, ddpo_sf, grpo, forward, awm, draft"):
         get_objective("reinforce")

@@ -10,9 +10,9 @@ from tests import tiny
 from train.rl.safeguards import Anchor, Evaluation, Watch, diversity
 
 
-def look(epoch, reward=0.0, judge=0.0, kept=1.0):
+def look(epoch, reward=0.0, judge=0.0, kept=1.0, distance=None):
     spread = np.linspace(-0.01, 0.01, 8)
-    return Evaluation(epoch, tuple(reward + spread), tuple(judge + spread), 0.5, kept)
+    return Evaluation(epoch, tuple(reward + spread), tuple(judge + spread), 0.5, kept, distance)
 
 
 def watched(*evaluations, **options):
@@ -55,13 +55,41 @@ def test_stops_when_diversity_stays_gone():
     assert watch.best is None
 
 
+def watched_from(untrained, *evaluations, **options):
+    watch = Watch(**options)
+    return watch, [watch.consider(e) for e in (look(0, distance=untrained), *evaluations)]
+
+
+@pytest.mark.parametrize("untrained", [0.5, -0.5])
+def test_an_adapter_that_moved_away_from_real_images_is_not_eligible(untrained):
+    allowed, beyond = untrained + 0.0999 * abs(untrained), untrained + 0.1001 * abs(untrained)
+    far, near = look(4, judge=0.9, distance=beyond), look(8, judge=0.1, distance=allowed)
+    watch, verdicts = watched_from(untrained, far, near)
+    assert [v.best for v in verdicts] == [False, False, True]
+    assert watch.best.epoch == 8
+
+
+def test_without_real_images_no_distance_is_asked_for():
+    watch, verdicts = watched(look(4, judge=0.9))
+    assert verdicts[-1].best
+    assert "distance" not in watch.best.summary()
+    assert look(0, distance=0.2).summary()["distance"] == 0.2
+
+
+def test_stops_when_images_stay_far_from_real_ones():
+    far = (look(4, judge=0.5, distance=0.3), look(8, judge=0.6, distance=0.3))
+    watch, verdicts = watched_from(0.2, *far, ceiling=1.2)
+    assert "more than 1.20 times as far" in verdicts[-1].stop
+    assert watch.best is None
+
+
 def test_the_first_look_is_at_the_untrained_model():
     with pytest.raises(InputError, match="epoch 0"):
         Watch().consider(look(4))
 
 
 def test_watch_survives_json_and_goes_on_alike():
-    watch, _ = watched(look(4, 0.3, 0.3), look(8, 0.4, 0.1))
+    watch, _ = watched_from(0.5, look(4, 0.3, 0.3, distance=0.5), look(8, 0.4, 0.1, distance=0.4))
     other = Watch()
     other.load_state(json.loads(json.dumps(watch.state())))
     assert other == watch

@@ -1,19 +1,24 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from medviz.errors import InputError, ModelError
 from medviz.models.adapters import loaded_adapters
 from tests import tiny
+from train.classifier import HALVES
 from train.config import read_recipe
+from train.datasets.split import Split, open_split
 from train.rl.recipe import RlConfig, check
-from train.rl.trainer import main, open_pipeline
+from train.rl.trainer import main, open_pipeline, open_real
 
 RECIPES = sorted((Path(__file__).parents[2] / "train" / "recipes").glob("rl-*.yaml"))
 
@@ -48,9 +53,9 @@ def recipe_file(path, models, **options):
     return str(path / "recipe.yaml")
 
 
-def write_images(root):
+def write_images(root, count=4):
     rows = []
-    for i in range(4):
+    for i in range(count):
         buffer = io.BytesIO()
         Image.linear_gradient("L").resize((48, 48)).rotate(90 * i).convert("RGB").save(buffer, "PNG")
         rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "image_id": f"i{i}", "lesion_id": f"l{i}"})
@@ -73,6 +78,40 @@ def test_the_stage_runs_from_a_recipe_to_an_adapter(model_root, tmp_path, monkey
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["anchor"] > 0
     assert list((tmp_path / "latents").glob("latents-dermatology-train-*.safetensors"))
+
+
+def test_evaluations_are_held_against_training_images_of_the_judge_s_half(model_root, tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 24)
+    monkeypatch.setenv("MEDVIZ_DATA", str(tmp_path / "images"))
+    path = recipe_file(tmp_path, model_root / "dermatology", anchor_weight=0.0, fidelity_images=6)
+    main([path])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"distance"} <= metrics["baseline"].keys() & metrics["aligned"].keys()
+    config = read_recipe(path, RlConfig)
+    read = []
+    monkeypatch.setattr(
+        Split, "image", lambda self, i, size_px: read.append(i) or np.full((size_px, size_px, 3), i, np.uint8)
+    )
+    first = open_real(config)
+    assert first.shape[0] == len(read) == len(set(read)) == 6
+    halves = open_split("dermatology", "train").halves
+    assert all(halves[i] == HALVES["judge"] for i in read)
+    assert torch.equal(first, open_real(config))
+    assert not torch.equal(first, open_real(replace(config, seed=1)))
+    with pytest.raises(InputError, match="the judge's half of dermatology has"):
+        open_real(replace(config, fidelity_images=24))
+
+
+def test_a_recipe_may_weigh_several_rewards(model_root, tmp_path):
+    models = model_root / "radiology"
+    options = {"domain": "radiology", "reward_function": "composite", "segmenter": str(models / "segmenter")}
+    weights = {"report_consistency": 1.0, "anatomy": 0.5}
+    path = recipe_file(tmp_path, models, **options, reward_weights=weights, anchor_weight=0.0, objective="draft")
+    main([path])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["objective"] == "draft"
+    assert metrics["unet_forwards"]["with gradient"] > 0
+    assert metrics["reward_failures"] == 0
 
 
 def test_the_reward_cannot_be_its_own_judge(model_root, tmp_path):

@@ -9,7 +9,7 @@ from medviz.errors import InputError
 from medviz.results import Score
 from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
-from medviz.rewards.registry import REWARDS, Drawn, get_reward, safe_rewards
+from medviz.rewards.registry import REWARDS, STEPPED, Drawn, get_reward, safe_rewards
 from medviz.rewards.scores import score_images, score_pair
 
 HALF = [0.5] * 4
@@ -113,12 +113,44 @@ def test_every_reward_has_one_signature_and_one_value_an_image(classifier):
             return torch.stack([images.mean(dim=1) * 0 + 0.1, images.mean(dim=1) * 0 + 0.9], dim=1)
 
     batch = drawn(classifier, [asking(hair=1.0), asking(ink=0.0)])
-    batch = Drawn(batch.images, batch.prompts, classifier, Anatomy())
+
+    class Alignment:
+        def similarity(self, images, prompts):
+            return images.mean(dim=(1, 2, 3))
+
+    aspects = {"view": ("hair", "ink"), "finding": ("hair", "ink")}
+    batch = Drawn(batch.images, batch.prompts, classifier, Anatomy(), Alignment(), aspects)
+    before = batch.images.clone()
     for reward in REWARDS.values():
         values = reward(batch)
         assert values.shape == (2,)
         assert values.isfinite().all()
+        assert torch.equal(batch.images, before)
+        # Batched and one by one are the same: no reward of an image depends on its neighbours.
+        alone = torch.cat([reward(batch.one(index)) for index in range(2)])
+        torch.testing.assert_close(alone, values, rtol=1e-4, atol=1e-5)
     assert torch.allclose(REWARDS["anatomy"](batch), torch.full((2,), 0.8))
+
+
+def test_every_reward_has_a_gradient_but_those_that_count(classifier):
+    class Anatomy:
+        classes = ("background", "lesion")
+
+        def probabilities(self, images):
+            sure = torch.sigmoid(images.mean(dim=1) + 2)
+            return torch.stack([1 - sure, sure], dim=1)
+
+    class Alignment:
+        def similarity(self, images, prompts):
+            return images.mean(dim=(1, 2, 3))
+
+    images = drawn(classifier, [asking(hair=1.0)]).images
+    for name, reward in REWARDS.items():
+        pixels = images.clone().requires_grad_()
+        batch = Drawn(
+            pixels, (asking(hair=1.0),), classifier, Anatomy(), Alignment(), {"view": ("hair",), "finding": ("hair",)}
+        )
+        assert reward(batch).requires_grad == (name not in STEPPED)
 
 
 def test_an_image_without_the_structure_has_the_lowest_anatomy_reward(classifier):

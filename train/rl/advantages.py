@@ -2,7 +2,8 @@
 
 Running statistics a prompt: Black et al. (DDPO, arXiv 2305.13301). Statistics of one group
 of images of one prompt: GRPO (arXiv 2402.03300) as applied to images by Flow-GRPO (arXiv 2505.05470); with the
-spread of the whole batch, DiffusionNFT (arXiv 2509.16117). All normalise
+spread of the whole batch, DiffusionNFT (arXiv 2509.16117). Against the mean of the other images
+of the prompt, undivided: leave-one-out REINFORCE (Kool et al. 2019; RLOO, arXiv 2402.14740). All normalise
 first and clamp afterwards, work in float64, and give exactly zero where all the rewards they compare are equal.
 """
 
@@ -113,6 +114,31 @@ def centred_advantages(
     groups = [scores[counted & (ids == p)] for p in np.unique(ids[counted])]
     spread = float(np.sqrt(np.mean(np.concatenate([(g - g.mean()) ** 2 for g in groups])))) if groups else 0.0
     return _advantages(prompt_ids, rewards, valid, clip, lambda _, group, __: normalise(group, group, spread))
+
+
+def leave_one_out_advantages(
+    prompt_ids: np.ndarray, rewards: np.ndarray, valid: np.ndarray, clip: float, statistics: PromptStatistics
+) -> Advantages:
+    """As :func:`group_advantages`, but each reward less the mean of its prompt's other rewards, not divided.
+
+    The baseline does not hold the image's own reward, so the estimate is unbiased; its size is that of the rewards.
+    """
+    _add(prompt_ids, rewards, valid, statistics)
+
+    def compare(_: int, group: np.ndarray, __: np.ndarray) -> np.ndarray:
+        if len(group) < 2 or group.min() == group.max():
+            return np.zeros(len(group))
+        return group - (group.sum() - group) / (len(group) - 1)
+
+    return _advantages(prompt_ids, rewards, valid, clip, compare)
+
+
+ADVANTAGES: dict[str, Callable[..., Advantages]] = {
+    "running": running_advantages,
+    "group": group_advantages,
+    "centred": centred_advantages,
+    "leave_one_out": leave_one_out_advantages,
+}
 
 
 def _add(prompt_ids: np.ndarray, rewards: np.ndarray, valid: np.ndarray, statistics: PromptStatistics) -> list[int]:

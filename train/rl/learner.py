@@ -3,43 +3,40 @@
 One step of the run is one epoch: draw images from the policy, reward them, compare each with its prompt's others, and
 take a few optimiser steps on the objective chosen in the recipe. Every number of evaluations a fixed set of prompts and
 seeds is shown to the reward and to the held-out judge; the adapter that the judge likes best, of those that kept
-diversity, is the one exported.
+diversity and did not move away from real images, is the one exported.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
-from medviz.domains.base import Domain, ParsedPrompt
+from medviz.domains.base import Domain
 from medviz.errors import InputError, ModelError
-from medviz.generation.sampling import decode, noise_pred, sample
-from medviz.models.adapters import save_lora, using_adapter
 from train import seeding
 from train.evaluate.statistics import paired_difference
-from train.rl.advantages import PromptStatistics
-from train.rl.log_prob import stochastic_schedule
-from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
-from train.rl.policy import Policy
+from train.rl.advantages import ADVANTAGES, PromptStatistics
+from train.rl.drawing import Drawing, open_schedule
+from train.rl.looking import Looks
+from train.rl.objectives import get_objective
+from train.rl.policy import LoraPolicy, Policy, WholePolicy
 from train.rl.prompts import invented_prompts, prompt_table
 from train.rl.recipe import RlConfig, check
-from train.rl.rollout import Rollout, latent_seeds, replay_step, roll_out
-from train.rl.safeguards import Anchor, Evaluation, Judge, Opinion, Scorer, Watch, diversity
+from train.rl.replaying import Replayer
+from train.rl.rollout import Rollout
+from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
+from train.rl.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-3
-
-Replayed = Callable[[np.ndarray, Rollout, torch.Tensor], Losses]
-"""(rows of the rollout, the rollout, their advantages) -> their losses at one timestep each."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Rewarded:
 
 
 class RlLearner:
-    """Learns a LoRA adapter from rewards; see `train.loop.Learner`."""
+    """Learns an adapter, or all weights of the unet, from rewards; see `train.loop.Learner`."""
 
     def __init__(
         self,
@@ -61,44 +58,50 @@ class RlLearner:
         scorer: Scorer,
         judge: Judge,
         anchor: Anchor | None = None,
+        real: torch.Tensor | None = None,
     ) -> None:
+        """real (M, F): the judge's features of real images, which evaluations are then held against, or None."""
         check(config)
         if anchor is None and config.anchor_weight > 0:
             raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
-        self.config, self.pipeline, self.scorer, self.judge, self.anchor = config, pipeline, scorer, judge, anchor
+        self.config, self.pipeline, self.scorer, self.anchor = config, pipeline, scorer, anchor
         self.objective = get_objective(config.objective)
-        self.options = ObjectiveOptions(config.clip_range, config.beta, config.advantage_clip, config.kl_weight)
-        self.policy = Policy(
-            pipeline.unet,
-            config.adapter,
-            rank=config.rank,
-            alpha=config.lora_alpha,
-            convolutions=config.lora_convolutions,
-            averaged=self.objective.process == "forward",
-            seed=config.seed,
-        )
+        self.advantages = ADVANTAGES[config.advantages or self.objective.advantages]
+        self.policy = self._policy()
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
-        self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.schedule = None
-        if self.objective.process == "reverse":
-            spaced = {**pipeline.scheduler.config, "timestep_spacing": config.timestep_spacing, "steps_offset": 1}
-            self.schedule = stochastic_schedule(spaced, config.rollout_steps, config.eta)
+        self.schedule = open_schedule(config, pipeline)
+        pipeline.vae.requires_grad_(False)
         validation = domain.validation_prompts()
         self.table = prompt_table(
             pipeline, domain, [*validation, *invented_prompts(domain, config.invented_prompts, config.seed)]
         )
-        self.looked_at = (
-            np.linspace(0, len(validation) - 1, min(config.evaluation_prompts, len(validation))).round().astype(int)
-        )
+        self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
+        self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
+        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), real)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
-        self.watch = Watch(config.diversity_floor, config.patience)
+        self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
         self.best: dict[str, torch.Tensor] = {}
         self.failures = 0
         self.forwards: dict[str, int] = defaultdict(int)
         self._phase = "other"
         pipeline.unet.register_forward_hook(self._count)
+
+    def _policy(self) -> Policy:
+        config, unet = self.config, self.pipeline.unet
+        averaged = self.objective.replays == "forward"
+        if config.train_what == "full":
+            return WholePolicy(unet, config.adapter, averaged=averaged)
+        return LoraPolicy(
+            unet,
+            config.adapter,
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            convolutions=config.lora_convolutions,
+            averaged=averaged,
+            seed=config.seed,
+        )
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:
         self.forwards[self._phase] += len(arguments[0])
@@ -123,91 +126,37 @@ class RlLearner:
         figures: dict[str, float] = {}
         if not self.watch.history:
             figures |= self._look(0)
-        with self._counted("rollout"):
-            rollout = self.draw(step)
+        rollout = self.draw(step)
         rewards = self.rewarded(rollout)
         figures |= self.learn(step, rollout, rewards)
+        with self._counted("safeguards"):
+            figures["reference_distance"] = self.replayer.drift(step, rollout)
         self.policy.average(self.config.average_decay)
         if (step + 1) % self.config.evaluate_every == 0 or step + 1 == self.config.steps:
             figures |= self._look(step + 1)
         return figures | {f"forwards_{k.replace(' ', '_')}": float(v) for k, v in self.forwards.items()}
 
     def draw(self, epoch: int) -> Rollout:
-        """The images of `epoch`: images_per_prompt of each of prompts_per_epoch prompts, by the behaviour adapter."""
-        config, unet = self.config, self.pipeline.unet
-        chosen = seeding.batch_indices(
-            len(self.table.prompts), config.prompts_per_epoch, epoch, config.seed, "rl-prompts"
-        )
-        prompt_ids = np.repeat(chosen, config.images_per_prompt)
-        indices = range(len(prompt_ids))
-        with using_adapter(unet, self.policy.behaviour):
-            if self.schedule is not None:
-                return roll_out(
-                    unet,
-                    self.table,
-                    prompt_ids,
-                    indices,
-                    self.schedule,
-                    guidance_scale=config.guidance_scale,
-                    seed=config.seed,
-                    epoch=epoch,
-                    batch=config.rollout_batch,
-                )
-            seeds = latent_seeds(config.seed, "rl-latents", epoch, indices)
-            latents = self._sample(prompt_ids, seeds, config.rollout_steps)
-        return Rollout(prompt_ids, tuple(indices), latents)
-
-    def _sample(self, prompt_ids: np.ndarray, seeds: list[int], steps: int) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(seeds), self.config.rollout_batch):
-            rows = slice(start, start + self.config.rollout_batch)
-            latents = sample(
-                self.pipeline,
-                [self.table.prompts[i] for i in prompt_ids[rows]],
-                seeds[rows],
-                steps=steps,
-                guidance_scale=self.config.guidance_scale,
-                prompt_embeds=self.table.embeds(prompt_ids[rows]),
-            )
-            parts.append(latents.float().cpu())
-        return torch.cat(parts)
-
-    def _images(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.cat([decode(self.pipeline, part).cpu() for part in latents.split(self.config.rollout_batch)])
+        """The images of `epoch`; see `Drawing.rollout`."""
+        with self._counted("rollout"):
+            return self.drawing.rollout(epoch)
 
     def rewarded(self, rollout: Rollout) -> Rewarded:
         """The reward of every image of `rollout`; failures are counted. Raises ModelError when none has a reward."""
         parsed = [self.table.parsed[i] for i in rollout.prompt_ids]
-        rewarded = self._rewarded(self._images(rollout.latents), parsed)
-        self.failures += int((~rewarded.valid).sum())
-        if not rewarded.valid.any():
+        seen = self.scorer.rewarded(self.drawing.images(rollout.latents), parsed, self.config.rollout_batch)
+        self.failures += int((~seen.valid).sum())
+        if not seen.valid.any():
             raise ModelError(
-                f"none of the {len(rewarded.valid)} images of this epoch could be rewarded; see the warnings above"
+                f"none of the {len(seen.valid)} images of this epoch could be rewarded; see the warnings above"
             )
-        return rewarded
-
-    def _rewarded(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Rewarded:
-        batch, device = self.config.rollout_batch, self.table.cond.device
-        starts = range(0, len(images), batch)
-        parts = [self.scorer(images[s : s + batch].to(device), parsed[s : s + batch]) for s in starts]
-        values, valid = torch.cat([p.values for p in parts]), torch.cat([p.valid for p in parts])
-        return Rewarded(values.double().cpu().numpy(), valid.cpu().numpy())
-
-    def _opinion(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:
-        batch, device = self.config.rollout_batch, self.table.cond.device
-        starts = range(0, len(images), batch)
-        with torch.no_grad():
-            parts = [self.judge(images[s : s + batch].to(device), parsed[s : s + batch]) for s in starts]
-        return Opinion(
-            torch.cat([p.score for p in parts]).cpu(),
-            torch.cat([p.accuracy for p in parts]).cpu(),
-            torch.cat([p.features for p in parts]).cpu(),
-        )
+        self.scorer.observe(seen)
+        return Rewarded(self.scorer.values(seen), seen.valid)
 
     def learn(self, step: int, rollout: Rollout, rewards: Rewarded) -> dict[str, float]:
         """The optimiser steps of epoch `step` on `rollout`; returns what to log."""
         config = self.config
-        advantages = self.objective.advantages(
+        advantages = self.advantages(
             rollout.prompt_ids, rewards.values, rewards.valid, config.advantage_clip, self.statistics
         )
         rows = seeding.numpy_generator(config.seed, "rl-order", step).permutation(np.flatnonzero(rewards.valid))
@@ -246,7 +195,7 @@ class RlLearner:
         Goes through `rows` micro_batch at a time, each part weighted by its size: the gradient does not depend on it.
         """
         figures: dict[str, float] = defaultdict(float)
-        passes = self._passes(step)
+        passes = self.replayer.passes(step, rollout)
         for name, replay in passes.items():
             for start in range(0, len(rows), self.config.micro_batch):
                 part = rows[start : start + self.config.micro_batch]
@@ -260,76 +209,14 @@ class RlLearner:
                     deviation = (losses.figures["ratio"] - 1).abs()
                     figures["ratio_deviation"] = max(figures["ratio_deviation"], deviation.max().item())
                     figures[f"ratio_deviation/{name}"] += deviation.mean().item() * weight
+                    figures[f"ratio/{name}"] += losses.figures["ratio"].mean().item() * weight
+                    figures[f"clip_fraction/{name}"] += losses.figures["clip_fraction"].mean().item() * weight
         return dict(figures)
-
-    def _passes(self, step: int) -> dict[str, Replayed]:
-        """What of each image is replayed in epoch `step`, by name: steps of the chain, or strata of the noise level."""
-        config = self.config
-        if self.schedule is None:
-            return {f"stratum{j}": partial(self._replay_noised, step, j) for j in range(config.timesteps_per_image)}
-        chosen = np.arange(len(self.schedule))
-        if 0 < config.timesteps_per_image < len(chosen):
-            chosen = seeding.numpy_generator(config.seed, "rl-window", step).choice(
-                chosen, config.timesteps_per_image, replace=False
-            )
-        return {f"t{self.schedule.timesteps[i]:04d}": partial(self._replay_chain, int(i)) for i in sorted(chosen)}
-
-    def _replay_chain(self, index: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
-        unet, reference_mean = self.pipeline.unet, None
-        if rollout.log_probs is None or self.schedule is None:
-            raise InputError("this rollout kept no log-probabilities: only the forward objective can learn from it")
-        again = partial(replay_step, unet, self.table, rollout, rows, index, self.schedule, self.config.guidance_scale)
-        if self.config.kl_weight > 0:
-            with using_adapter(unet, None), torch.no_grad():
-                reference_mean = again().mean
-        old = rollout.log_probs[torch.from_numpy(rows), index].to(advantages.device)
-        return self.objective.loss(Replay(advantages, again(), old, reference_mean), self.options)
-
-    def _replay_noised(
-        self, step: int, stratum: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor
-    ) -> Losses:
-        config, unet, device = self.config, self.pipeline.unet, advantages.device
-        places = seeding.numpy_generator(config.seed, "rl-timesteps", step, stratum).random(len(rollout.indices))[rows]
-        share = (places + stratum) / config.timesteps_per_image * self.noising.config.num_train_timesteps
-        timesteps = torch.from_numpy(share.astype(np.int64)).to(device)
-        clean = rollout.latents[torch.from_numpy(rows)].to(device)
-        indices = [rollout.indices[r] for r in rows]
-        noise = seeding.normal(tuple(clean.shape[1:]), config.seed, f"rl-forward-{stratum}", step, indices).to(device)
-        noisy = self.noising.add_noise(clean, noise, timesteps)
-        velocity = self.noising.config.prediction_type == "v_prediction"
-        target = self.noising.get_velocity(clean, noise, timesteps) if velocity else noise
-        embeds = self.table.embeds(rollout.prompt_ids[rows])
-        predict = partial(noise_pred, unet, noisy, timesteps, embeds, config.train_guidance_scale)
-        reference = None
-        with torch.no_grad():
-            with using_adapter(unet, self.policy.behaviour):
-                old = predict()
-            if config.kl_weight > 0:
-                with using_adapter(unet, None):
-                    reference = predict()
-        replay = Replay(
-            advantages, prediction=predict(), target=target, old_prediction=old, reference_prediction=reference
-        )
-        return self.objective.loss(replay, self.options)
 
     def _look(self, epoch: int) -> dict[str, float]:
         """Show the fixed prompts and seeds to reward and judge; keep the adapter if it is the best so far."""
-        config = self.config
-        prompt_ids = np.repeat(self.looked_at, config.evaluation_images)
-        seeds = latent_seeds(config.seed, "rl-evaluation", 0, range(len(prompt_ids)))
-        with self._counted("evaluation"), using_adapter(self.pipeline.unet, self.policy.behaviour if epoch else None):
-            images = self._images(self._sample(prompt_ids, seeds, config.evaluation_steps))
-        parsed = [self.table.parsed[i] for i in prompt_ids]
-        rewards, opinion = self._rewarded(images, parsed), self._opinion(images, parsed)
-        if not rewards.valid.any() or not bool(opinion.score.isfinite().any()):
-            raise ModelError("reward or judge knows nothing of what the evaluation prompts ask: check their heads")
-        evaluation = Evaluation(
-            epoch=epoch,
-            rewards=tuple(rewards.values[rewards.valid].tolist()),
-            judge_scores=tuple(opinion.score.double().tolist()),
-            judge_accuracy=float(opinion.accuracy.double().nanmean()),
-            diversity=diversity(opinion.features, prompt_ids),
-        )
+        with self._counted("evaluation"):
+            evaluation = self.looks.evaluate(epoch)
         verdict = self.watch.consider(evaluation)
         if verdict.best:
             self.best = self.policy.weights(self.policy.behaviour)
@@ -345,6 +232,7 @@ class RlLearner:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "statistics": self.statistics.state(),
+            "reward": self.scorer.composite.state(),
             "watch": self.watch.state(),
             "failures": self.failures,
             "forwards": dict(self.forwards),
@@ -356,6 +244,7 @@ class RlLearner:
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.statistics.load_state(state["statistics"])
+        self.scorer.composite.load_state(state["reward"])
         self.watch.load_state(state["watch"])
         self.failures = state["failures"]
         self.forwards = defaultdict(int, state["forwards"])
@@ -373,7 +262,7 @@ class RlLearner:
         self.policy.set_weights(self.config.adapter, self.best if kept else self.policy.weights(self.policy.behaviour))
         if kept is None:
             logger.warning(
-                "no adapter kept diversity above its floor; the newest one is written and must not be shipped"
+                "no adapter kept its diversity and its distance; the newest one is written and must not be shipped"
             )
         shown = kept or self.watch.history[-1]
         metrics: dict[str, Any] = {
@@ -381,15 +270,15 @@ class RlLearner:
             "kept_epoch": kept.epoch if kept else None,
             "stopped_early": self.watch.stopped,
             "n_images": len(shown.judge_scores),
-            "n_prompts": len(self.looked_at),
+            "n_prompts": len(self.looks.prompts),
             "baseline": baseline.summary(),
             "aligned": shown.summary(),
             "judge_gain": self._gain(shown, baseline),
             "history": [{"epoch": e.epoch, **e.summary()} for e in self.watch.history],
             "reward_failures": self.failures,
             "unet_forwards": dict(self.forwards),
-            "lora_parameters": sum(p.numel() for p in self.policy.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.policy.parameters()),
         }
         details = {"title": self.config.title, "recipe": asdict(self.config), "metrics": metrics}
-        save_lora(self.pipeline.unet, folder, self.config.adapter, details=details)
+        self.policy.save(folder, details)
         return metrics

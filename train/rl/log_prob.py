@@ -3,6 +3,8 @@
 Denoising as a Markov decision process: Black et al., "Training Diffusion Models with Reinforcement Learning" (DDPO,
 arXiv 2305.13301). The step is equation 12 of Song et al., "Denoising Diffusion Implicit Models" (arXiv 2010.02502).
 Rollout and replay both call :func:`ddim_step`, so before the first update they agree on every log-probability.
+A step outside the window of stochastic steps (MixGRPO, arXiv 2507.21802) draws nothing and goes through
+:func:`deterministic_step`: it has no log-probability, and asking for one is an error.
 Coefficients are worked out in float64 and log-probabilities are kept in float32: in half precision their rounding error
 is as large as the clip range of 1e-4.
 """
@@ -10,7 +12,7 @@ is as large as the clip range of 1e-4.
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,10 +30,11 @@ class ZeroVarianceError(InputError):
 
 @dataclass(frozen=True)
 class DdimSchedule:
-    """The steps of one stochastic DDIM chain of T steps, as Python floats (float64).
+    """The steps of one DDIM chain of T steps, as Python floats (float64).
 
     timesteps: what the unet is told, descending. alphas_prev: cumulative product at the timestep stepped to; stds:
-    standard deviation of the noise drawn, all above 0. scheduler: says what a prediction at a timestep stands for.
+    standard deviation of the noise drawn, 0 where a step draws none. scheduler: says what a prediction at a timestep
+    stands for.
     """
 
     timesteps: tuple[int, ...]
@@ -41,6 +44,21 @@ class DdimSchedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def stochastic(self) -> tuple[int, ...]:
+        """The steps that draw noise, ascending: those that have a log-probability."""
+        return tuple(index for index, std in enumerate(self.stds) if std > 0)
+
+    def windowed(self, start: int, length: int) -> "DdimSchedule":
+        """The same chain with noise in the steps start .. start + length - 1 alone.
+
+        Raises InputError for a window that is empty or does not lie in the chain.
+        """
+        if length < 1 or not 0 <= start <= len(self) - length:
+            raise InputError(f"a window of {length} steps at step {start} does not lie in a chain of {len(self)}")
+        inside = range(start, start + length)
+        return replace(self, stds=tuple(std if i in inside else 0.0 for i, std in enumerate(self.stds)))
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,24 @@ def stochastic_schedule(scheduler_config: Mapping[str, Any], steps: int, eta: fl
         raise ZeroVarianceError("eta is 0: a deterministic chain has no log-probabilities; allowed are 0 < eta <= 1")
     if not 0 < eta <= 1:
         raise InputError(f"eta is {eta}; allowed are 0 < eta <= 1")
+    schedule = _schedule(scheduler_config, steps, eta)
+    for index, (t, std) in enumerate(zip(schedule.timesteps, schedule.stds, strict=True)):
+        if std <= 0:
+            config = schedule.scheduler.config
+            raise ZeroVarianceError(
+                f"step {index} (timestep {t}) of {steps} has variance 0 and therefore no log-probability; "
+                f"steps_offset is {config.steps_offset}, timestep_spacing {config.timestep_spacing!r}: use "
+                "steps_offset 1 with leading spacing, or trailing spacing"
+            )
+    return schedule
+
+
+def deterministic_schedule(scheduler_config: Mapping[str, Any], steps: int) -> DdimSchedule:
+    """The same chain without noise (eta 0): it can be differentiated, and has no log-probabilities."""
+    return _schedule(scheduler_config, steps, 0.0)
+
+
+def _schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> DdimSchedule:
     wanted = {
         "steps_offset": 1,
         **scheduler_config,
@@ -89,13 +125,7 @@ def stochastic_schedule(scheduler_config: Mapping[str, Any], steps: int, eta: fl
     alphas = [cumulative[t] for t in timesteps]
     alphas_prev = [cumulative[t - stride] if t >= stride else cumulative[0] for t in timesteps]
     stds = [eta * _ddpm_std(a, p) for a, p in zip(alphas, alphas_prev, strict=True)]
-    for index, (t, a, std) in enumerate(zip(timesteps, alphas, stds, strict=True)):
-        if std <= 0:
-            raise ZeroVarianceError(
-                f"step {index} (timestep {t}) of {steps} has variance 0 and therefore no log-probability; "
-                f"steps_offset is {scheduler.config.steps_offset}, timestep_spacing "
-                f"{scheduler.config.timestep_spacing!r}: use steps_offset 1 with leading spacing, or trailing spacing"
-            )
+    for t, a in zip(timesteps, alphas, strict=True):
         if a <= 0 and scheduler.config.prediction_type == "epsilon":
             raise InputError(f"timestep {t} holds no signal (alpha 0): an epsilon prediction cannot start there")
     return DdimSchedule(tuple(timesteps), tuple(alphas_prev), tuple(stds), scheduler)
@@ -130,13 +160,13 @@ def ddim_step(
     """Step `index` of the chain, for a rollout (give `noise`, standard normal) or a replay (give `prev_latents`).
 
     prediction, latents, noise, prev_latents: (B, C, h, w); worked in fp32 (or float64 when all are).
-    Raises InputError unless exactly one of `noise` and `prev_latents` is given.
+    Raises InputError unless exactly one of `noise` and `prev_latents` is given, ZeroVarianceError for a step that
+    draws nothing.
     """
-    working = torch.float64 if latents.dtype == torch.float64 else torch.float32
-    latents, prediction = latents.to(working), prediction.to(working)
-    alpha_prev, std = schedule.alphas_prev[index], schedule.stds[index]
-    read = split_prediction(schedule.scheduler, prediction, latents, schedule.timesteps[index])
-    mean = math.sqrt(alpha_prev) * read.x0 + math.sqrt(max(1 - alpha_prev - std**2, 0.0)) * read.noise
+    std = schedule.stds[index]
+    if std <= 0:
+        raise ZeroVarianceError(f"step {index} draws nothing: it is deterministic and has no log-probability")
+    mean = deterministic_step(schedule, index, prediction, latents)
     if noise is not None and prev_latents is None:
         drawn = (mean + std * noise.to(mean)).detach()
     elif prev_latents is not None and noise is None:
@@ -144,6 +174,18 @@ def ddim_step(
     else:
         raise InputError("give either noise (to draw) or prev_latents (to weigh what was drawn), not both or neither")
     return DdimStep(drawn, mean, std, gaussian_log_prob(drawn, mean, std))
+
+
+def deterministic_step(
+    schedule: DdimSchedule, index: int, prediction: torch.Tensor, latents: torch.Tensor
+) -> torch.Tensor:
+    """Where step `index` leads before its noise is added, (B, C, h, w) fp32 (float64 where latents are); keeps the
+    gradient. With a std of 0 that is the whole step."""
+    working = torch.float64 if latents.dtype == torch.float64 else torch.float32
+    latents, prediction = latents.to(working), prediction.to(working)
+    alpha_prev, std = schedule.alphas_prev[index], schedule.stds[index]
+    read = split_prediction(schedule.scheduler, prediction, latents, schedule.timesteps[index])
+    return math.sqrt(alpha_prev) * read.x0 + math.sqrt(max(1 - alpha_prev - std**2, 0.0)) * read.noise
 
 
 def kl_same_std(mean: torch.Tensor, reference_mean: torch.Tensor, std: float) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """What makes an image that was better than its prompt's others more likely: one function a method over one replay.
 
 ``ddpo``: importance sampling with PPO's clip, Black et al. (arXiv 2305.13301) after Schulman et al. (arXiv 1707.06347).
-``grpo``: the same with group-normalised advantages, and a KL term to the adapter-free model (Flow-GRPO, arXiv
-2505.05470). ``forward``: matching on the forward process with implicit positive and negative policies (DiffusionNFT,
+``ddpo_sf``: the score-function estimate of the same paper, one update an epoch. ``grpo``: ddpo with advantages inside
+the group, and a KL term to the adapter-free model (Flow-GRPO, arXiv 2505.05470).
+``forward``: matching on the forward process with implicit positive and negative policies (DiffusionNFT,
 arXiv 2509.16117), here on the unet's own target, the noise or the velocity: it needs clean latents only, so any solver
-may draw them.
+may draw them. ``awm``: the denoising loss of the first stage weighted by the advantage (Advantage Weighted Matching,
+arXiv 2509.25050), likewise. ``draft``: the reward's own gradient through the last steps (DRaFT, arXiv 2309.17400;
+AlignProp, arXiv 2310.03739).
 """
 
 from collections.abc import Callable
@@ -14,7 +17,6 @@ from typing import Literal
 import torch
 
 from medviz.errors import InputError
-from train.rl.advantages import Advantages, centred_advantages, group_advantages, running_advantages
 from train.rl.log_prob import DdimStep, kl_same_std
 
 
@@ -26,7 +28,8 @@ class Replay:
     Reverse process: step, the DDIM step at the stored outcome; old_log_prob (B,) of the rollout; reference_mean
     (B, C, h, w) of the adapter-free step, or None. Forward process: prediction (B, C, h, w); target (B, C, h, w), the
     noise or velocity that was mixed in; old_prediction and reference_prediction (B, C, h, w), of the policy that drew
-    the images and of the adapter-free model, the latter None where it is not wanted.
+    the images and of the adapter-free model, None where they are not wanted. Direct: rewards (B,), differentiable in
+    the trained weights; prediction and reference_prediction (B, K, C, h, w) of the K steps that gradients go through.
     """
 
     advantages: torch.Tensor
@@ -37,6 +40,7 @@ class Replay:
     target: torch.Tensor | None = None
     old_prediction: torch.Tensor | None = None
     reference_prediction: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,29 @@ def ddpo(replay: Replay, options: ObjectiveOptions) -> Losses:
     if replay.step is None or replay.old_log_prob is None:
         raise InputError("ddpo and grpo replay DDIM steps with stored log-probabilities; this replay has none")
     losses = clipped_policy_loss(replay.step.log_prob, replay.old_log_prob, replay.advantages, options.clip_range)
-    if replay.reference_mean is None:
+    return _held_step(losses, replay.step, replay.reference_mean, options.kl_weight)
+
+
+def ddpo_sf(replay: Replay, options: ObjectiveOptions) -> Losses:
+    """-A log p: REINFORCE. Right only while the policy is the one that drew the images, hence one update an epoch.
+
+    Its gradient is that of :func:`ddpo` at a ratio of 1; the ratio is a figure here, and nothing is clipped.
+    """
+    if replay.step is None or replay.old_log_prob is None:
+        raise InputError("ddpo_sf replays DDIM steps with stored log-probabilities; this replay has none")
+    figures = clipped_policy_loss(
+        replay.step.log_prob.detach(), replay.old_log_prob, replay.advantages, options.clip_range
+    ).figures
+    losses = Losses(-replay.advantages * replay.step.log_prob, figures)
+    return _held_step(losses, replay.step, replay.reference_mean, options.kl_weight)
+
+
+def _held_step(losses: Losses, step: DdimStep, reference_mean: torch.Tensor | None, kl_weight: float) -> Losses:
+    """The same with kl_weight times the divergence of the step from the adapter-free model's, where that is given."""
+    if reference_mean is None:
         return losses
-    kl = kl_same_std(replay.step.mean, replay.reference_mean, replay.step.std)
-    return Losses(losses.loss + options.kl_weight * kl, {**losses.figures, "reference_kl": kl.detach()})
+    kl = kl_same_std(step.mean, reference_mean, step.std)
+    return Losses(losses.loss + kl_weight * kl, {**losses.figures, "reference_kl": kl.detach()})
 
 
 def forward(replay: Replay, options: ObjectiveOptions) -> Losses:
@@ -104,10 +127,38 @@ def forward(replay: Replay, options: ObjectiveOptions) -> Losses:
     loss = options.advantage_clip / b * (r * positive + (1 - r) * negative)
     moved = (policy - old).square().flatten(1).mean(1)
     figures = {"positive": positive.detach(), "negative": negative.detach(), "moved": moved.detach()}
+    return _held_prediction(Losses(loss, figures), policy, reference, options.kl_weight)
+
+
+def awm(replay: Replay, options: ObjectiveOptions) -> Losses:
+    """A |prediction - target|^2 + kl_weight |prediction - reference|^2, both the mean over elements.
+
+    The squared error stands for the image's negative log-likelihood, so this is the policy gradient without a ratio.
+    An image below average pushes the prediction away from itself without end: the divergence is what holds it.
+    """
+    if replay.prediction is None or replay.target is None:
+        raise InputError("awm replays noised latents with a target; this replay has none")
+    error = (replay.prediction - replay.target).square().flatten(1).mean(1)
+    losses = Losses(replay.advantages * error, {"denoising": error.detach()})
+    return _held_prediction(losses, replay.prediction, replay.reference_prediction, options.kl_weight)
+
+
+def draft(replay: Replay, options: ObjectiveOptions) -> Losses:
+    """-reward + kl_weight |prediction - reference|^2, the latter the mean over the steps that gradients go through."""
+    if replay.rewards is None or replay.prediction is None:
+        raise InputError("draft replays the last steps with differentiable rewards; this replay has none")
+    losses = Losses(-replay.rewards, {"tail_reward": replay.rewards.detach()})
+    return _held_prediction(losses, replay.prediction, replay.reference_prediction, options.kl_weight)
+
+
+def _held_prediction(
+    losses: Losses, prediction: torch.Tensor, reference: torch.Tensor | None, kl_weight: float
+) -> Losses:
+    """The same with kl_weight times the squared distance from the adapter-free prediction, where that is given."""
     if reference is None:
-        return Losses(loss, figures)
-    distance = (policy - reference).square().flatten(1).mean(1)
-    return Losses(loss + options.kl_weight * distance, {**figures, "reference_kl": distance.detach()})
+        return losses
+    distance = (prediction - reference).square().flatten(1).mean(1)
+    return Losses(losses.loss + kl_weight * distance, {**losses.figures, "reference_kl": distance.detach()})
 
 
 def _relative_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -119,21 +170,31 @@ def _relative_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 @dataclass(frozen=True)
 class Objective:
-    """A method: its loss, the process it replays, how rewards become advantages, its least number of updates an epoch.
+    """A method: its loss, what of the images it replays, and what it asks of a recipe.
 
-    With one update an epoch every ratio is 1 when it is made and the clip never acts, hence 2 for the reverse process.
+    replays: "reverse", steps of the stochastic chain; "forward", their clean latents noised again; "direct", the last
+    steps with gradients through decoder and reward. advantages: key of ADVANTAGES, where the recipe names no other.
+    minimum_updates: optimiser steps an epoch; with one update every ratio is 1 when it is made and a clip never acts,
+    hence 2 where there is one. maximum_updates: 0 for no bound. needs_old: replays the policy that drew the images,
+    too. needs_kl: has no minimum without a divergence from the adapter-free model.
     """
 
     loss: Callable[[Replay, ObjectiveOptions], Losses]
-    process: Literal["reverse", "forward"]
-    advantages: Callable[..., Advantages]
-    minimum_updates: int
+    replays: Literal["reverse", "forward", "direct"]
+    advantages: str
+    minimum_updates: int = 1
+    maximum_updates: int = 0
+    needs_old: bool = False
+    needs_kl: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "ddpo": Objective(ddpo, "reverse", running_advantages, 2),
-    "grpo": Objective(ddpo, "reverse", group_advantages, 2),
-    "forward": Objective(forward, "forward", centred_advantages, 1),
+    "ddpo": Objective(ddpo, "reverse", "running", minimum_updates=2),
+    "ddpo_sf": Objective(ddpo_sf, "reverse", "running", maximum_updates=1),
+    "grpo": Objective(ddpo, "reverse", "group", minimum_updates=2),
+    "forward": Objective(forward, "forward", "centred", needs_old=True),
+    "awm": Objective(awm, "forward", "centred", needs_kl=True),
+    "draft": Objective(draft, "direct", "group"),
 }
 
 

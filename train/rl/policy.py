@@ -1,25 +1,78 @@
-"""What is trained: a LoRA adapter on a frozen unet, and where wanted a running average of it that draws the images."""
+"""What is trained: a LoRA adapter on a frozen unet, or all of its weights; where wanted with a running average that
+draws the images."""
 
+import json
 import warnings
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from medviz.errors import InputError
-from medviz.models.adapters import loaded_adapters
+from medviz.models.adapters import ADAPTER_CONFIG_NAME, loaded_adapters, save_lora, using_adapter
 from train import seeding
+from train.diffusion import SHARD_BYTES
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2")
+KIND_UNET = "unet"
 
 
-class Policy:
-    """The adapter `name` of `unet`, which starts as no change at all and alone receives gradients.
+class Policy(ABC):
+    """The trained weights of `unet`, called `name`, which start as no change at all and alone receive gradients.
 
-    behaviour: the adapter that draws images: `name` itself, or its average where `averaged`.
+    behaviour: the weights that draw images: `name` itself, or its average where `averaged`.
     """
+
+    def __init__(self, unet: UNet2DConditionModel, name: str, averaged: bool) -> None:
+        self.unet, self.name = unet, name
+        self.behaviour = f"{name}-average" if averaged else name
+
+    @abstractmethod
+    def using(self, which: str | None) -> AbstractContextManager[None]:
+        """The unet with the weights `which`, name or behaviour, or with what it was before training for None."""
+
+    @abstractmethod
+    def save(self, folder: Path, details: Mapping[str, Any]) -> None:
+        """Write the weights `name` and what is to be said of them to `folder`."""
+
+    @abstractmethod
+    def _live(self, which: str) -> dict[str, torch.Tensor]:
+        """The weights themselves, by names that do not contain `which`."""
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The trained weights, always in the same order."""
+        return list(self._live(self.name).values())
+
+    def weights(self, which: str) -> dict[str, torch.Tensor]:
+        """A copy of the weights of `which`, by names that do not contain the adapter's."""
+        return {name: weight.detach().clone() for name, weight in self._live(which).items()}
+
+    def set_weights(self, which: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put `weights` into `which` in place. Raises InputError when the names differ."""
+        live = self._live(which)
+        if live.keys() != weights.keys():
+            raise InputError(f"weights of another adapter: {sorted(live.keys() ^ weights.keys())[:4]} do not match")
+        with torch.no_grad():
+            for name, weight in live.items():
+                weight.copy_(weights[name])
+
+    def average(self, decay: float) -> None:
+        """behaviour = decay behaviour + (1 - decay) policy; nothing to do where they are one."""
+        if self.behaviour == self.name:
+            return
+        with torch.no_grad():
+            for mean, weight in zip(self._live(self.behaviour).values(), self.parameters(), strict=True):
+                mean.lerp_(weight, 1 - decay)
+
+
+class LoraPolicy(Policy):
+    """The adapter `name` of `unet`, all else frozen."""
 
     def __init__(
         self,
@@ -38,8 +91,7 @@ class Policy:
         """
         if name in loaded_adapters(unet):
             raise InputError(f"the unet already holds an adapter {name!r}; train another name on the plain baseline")
-        self.unet, self.name = unet, name
-        self.behaviour = f"{name}-average" if averaged else name
+        super().__init__(unet, name, averaged)
         unet.requires_grad_(False).eval()
         targets = [*ATTENTION, *(CONVOLUTIONS if convolutions else ())]
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -55,31 +107,51 @@ class Policy:
                 weight.requires_grad_(adapter == name)
         unet.eval()
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The trained weights, always in the same order."""
-        return list(self._live(self.name).values())
+    def using(self, which: str | None) -> AbstractContextManager[None]:
+        return using_adapter(self.unet, which)
 
-    def weights(self, adapter: str) -> dict[str, torch.Tensor]:
-        """A copy of the weights of `adapter`, by names that do not contain the adapter's."""
-        return {name: weight.detach().clone() for name, weight in self._live(adapter).items()}
+    def save(self, folder: Path, details: Mapping[str, Any]) -> None:
+        """Write an adapter folder; see `medviz.models.adapters.save_lora`."""
+        save_lora(self.unet, folder, self.name, details=details)
 
-    def set_weights(self, adapter: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put `weights` into `adapter` in place. Raises InputError when the names differ."""
-        live = self._live(adapter)
-        if live.keys() != weights.keys():
-            raise InputError(f"weights of another adapter: {sorted(live.keys() ^ weights.keys())[:4]} do not match")
-        with torch.no_grad():
-            for name, weight in live.items():
-                weight.copy_(weights[name])
-
-    def average(self, decay: float) -> None:
-        """behaviour = decay behaviour + (1 - decay) policy; nothing to do where they are one."""
-        if self.behaviour == self.name:
-            return
-        with torch.no_grad():
-            for mean, weight in zip(self._live(self.behaviour).values(), self.parameters(), strict=True):
-                mean.lerp_(weight, 1 - decay)
-
-    def _live(self, adapter: str) -> dict[str, torch.nn.Parameter]:
-        part = f".{adapter}."
+    def _live(self, which: str) -> dict[str, torch.Tensor]:
+        part = f".{which}."
         return {n.replace(part, "."): w for n, w in self.unet.named_parameters() if part in n and "lora_" in n}
+
+
+class WholePolicy(Policy):
+    """Every weight of `unet`. What it was before, and the average, are kept beside it and swapped in."""
+
+    def __init__(self, unet: UNet2DConditionModel, name: str, *, averaged: bool = False) -> None:
+        """Raises InputError when the unet holds an adapter: its weights would count among those trained."""
+        if loaded_adapters(unet):
+            raise InputError(f"the unet holds the adapters {loaded_adapters(unet)}; train all weights of one without")
+        super().__init__(unet, name, averaged)
+        unet.requires_grad_(True).eval()
+        kept = [None, self.behaviour] if averaged else [None]
+        self._kept: dict[str | None, dict[str, torch.Tensor]] = {which: self.weights(name) for which in kept}
+
+    @contextmanager
+    def using(self, which: str | None) -> Iterator[None]:
+        self._swap(which)
+        try:
+            yield
+        finally:
+            self._swap(which)
+
+    def _swap(self, which: str | None) -> None:
+        if which == self.name:
+            return
+        kept = self._kept[which]
+        for name, weight in self._live(self.name).items():
+            weight.data, kept[name] = kept[name], weight.data
+
+    def save(self, folder: Path, details: Mapping[str, Any]) -> None:
+        """Write unet/ in place of an adapter: it is another model, and no app switches it on over its baseline."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.unet.save_pretrained(folder / "unet", max_shard_size=SHARD_BYTES)
+        text = json.dumps({"kind": KIND_UNET, **details}, indent=1, sort_keys=True, allow_nan=False)
+        (folder / ADAPTER_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def _live(self, which: str) -> dict[str, torch.Tensor]:
+        return dict(self.unet.named_parameters()) if which == self.name else self._kept[which]

@@ -1,10 +1,16 @@
 """The options of the rl stage, and which of them contradict each other."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from medviz.errors import InputError
 from train.config import StageConfig
-from train.rl.objectives import get_objective
+from train.rl.advantages import ADVANTAGES
+from train.rl.objectives import Objective, get_objective
+from train.rl.scoring import refuse_stepped
+
+COMPOSITE = "composite"
+TRAINED = ("lora", "full")
 
 
 @dataclass
@@ -17,7 +23,11 @@ class RlConfig(StageConfig):
     reward: str = ""
     """Folder of the attribute classifier that is trained on."""
     reward_function: str = "attribute"
-    """Which reward of `medviz.rewards.registry` is made of it."""
+    """Which reward of `medviz.rewards.registry` is made of it, or `composite`."""
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """Rewards and their weights, of which `composite` is made; each is brought to unit spread first."""
+    contrastive: str = ""
+    """The alignment/ folder of a contrastive run's model, for the alignment reward."""
     segmenter: str = ""
     """Folder of the segmenter, for rewards that look at anatomy."""
     judge: str = ""
@@ -41,7 +51,9 @@ class RlConfig(StageConfig):
     title: str = "Attribute reward"
     """What the app calls the adapter."""
     objective: str = "forward"
-    """forward, ddpo or grpo."""
+    """One of `train.rl.objectives.OBJECTIVES`: forward, awm, ddpo, ddpo_sf, grpo or draft."""
+    advantages: str = ""
+    """running, group, centred or leave_one_out; empty: the objective's own."""
 
     invented_prompts: int = 32
     """Prompts drawn from the domain's grammar and trained on beside its validation prompts."""
@@ -49,27 +61,37 @@ class RlConfig(StageConfig):
     images_per_prompt: int = 8
     """Images an epoch are prompts_per_epoch x images_per_prompt."""
     rollout_steps: int = 10
-    """Solver steps of a rollout: the shipped solver for `forward`, stochastic DDIM for `ddpo` and `grpo`."""
+    """Solver steps of a rollout: the shipped solver for forward and awm, DDIM for the others (random but for draft)."""
     rollout_batch: int = 16
     """Images drawn at a time; memory and speed only."""
     guidance_scale: float = 3.0
-    """Of every rollout and every evaluation; `ddpo` and `grpo` train at the same."""
+    """Of every rollout and every evaluation; objectives on a DDIM chain train at the same."""
     eta: float = 1.0
     """Noise of a stochastic DDIM step, 0 < eta <= 1."""
     timestep_spacing: str = "trailing"
-    """Of the stochastic DDIM steps: trailing or leading."""
+    """Of the DDIM steps: trailing or leading."""
+    window: int = 0
+    """Consecutive random steps of a chain, which alone are trained on, at a place drawn each epoch; 0: all of them."""
+    draft_steps: int = 1
+    """Last steps that the reward's gradient goes through (draft), at most rollout_steps."""
+    draft_random: bool = True
+    """Draw the number of those steps from 1 .. draft_steps each epoch."""
+    draft_noisings: int = 0
+    """Noise the finished latents anew so many times and go through the last step of each; 0: replay the chain's end."""
 
     updates: int = 4
-    """Optimiser steps an epoch; ddpo and grpo need at least 2."""
+    """Optimiser steps an epoch; ddpo and grpo need at least 2, ddpo_sf takes 1."""
     micro_batch: int = 16
     """Images in one backward pass; memory and speed only, the gradient is the same."""
     timesteps_per_image: int = 2
-    """Timesteps of each image trained on an epoch; 0: every step of the chain (ddpo and grpo)."""
+    """Timesteps of each image trained on an epoch; 0: every random step of the chain (ddpo, ddpo_sf, grpo)."""
     train_guidance_scale: float = 1.0
-    """Of the forward objective: 1 trains the conditional half alone at half the cost."""
+    """Of forward and awm: 1 trains the conditional half alone at half the cost."""
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
+    train_what: str = "lora"
+    """lora, or full: all weights of the UNet, exported as a model of its own and no adapter."""
     rank: int = 16
     """Of LoRA, on the attention projections."""
     lora_alpha: float = 16.0
@@ -88,7 +110,7 @@ class RlConfig(StageConfig):
     kl_weight: float = 0.0
     """Weight of the divergence from the adapter-free model; above 0 costs one more forward pass an image."""
     average_decay: float = 0.0
-    """Share that the average which draws the images keeps an epoch (forward); 0: the policy itself draws them."""
+    """Share that the average which draws the images keeps an epoch (forward, awm); 0: the policy itself draws them."""
     anchor_weight: float = 0.5
     """Weight of the diffusion loss on real latents; 0: no anchor, and no training images are read."""
     anchor_batch: int = 16
@@ -103,34 +125,98 @@ class RlConfig(StageConfig):
     evaluation_steps: int = 10
     diversity_floor: float = 0.85
     """Least share of the untrained per-prompt diversity that an eligible adapter keeps."""
+    fidelity_images: int = 0
+    """Training images of the judge's half that evaluations are held against; 0: none, and none are read."""
+    fidelity_ceiling: float = 1.1
+    """Greatest distance from them of an eligible adapter, as a multiple of the untrained model's."""
     patience: int = 2
     """Evaluations in a row that must agree before the run stops early."""
+
+
+def rewards_of(config: RlConfig) -> dict[str, float]:
+    """The rewards a run is trained on and their weights. Raises InputError for a composite without any, or for weights
+    that nothing is made of."""
+    if config.reward_function != COMPOSITE:
+        if config.reward_weights:
+            raise InputError(f"reward_weights goes with the reward {COMPOSITE}, found {config.reward_function}")
+        return {config.reward_function: 1.0}
+    if not config.reward_weights:
+        raise InputError("the reward composite needs reward_weights, e.g. {attribute: 1.0, anatomy: 0.5}")
+    return dict(config.reward_weights)
 
 
 def check(config: RlConfig) -> None:
     """Raises InputError for options that contradict each other or the method."""
     objective = get_objective(config.objective)
-    forward, images = objective.process == "forward", config.prompts_per_epoch * config.images_per_prompt
-    few = (
-        f"updates is {config.updates}; {config.objective} needs at least {objective.minimum_updates}: with fewer every "
-        "ratio is 1 when it is made and the clip never acts"
-    )
-    refused = (
-        (config.updates < objective.minimum_updates, few),
-        (config.updates > images, f"updates is {config.updates}; an epoch has {images} images, each update needs one"),
-        (config.images_per_prompt < 2, f"images_per_prompt is {config.images_per_prompt}; comparing needs at least 2"),
-        (config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"),
-        (
-            forward and config.timesteps_per_image < 1,
-            f"timesteps_per_image is {config.timesteps_per_image}; the forward objective needs at least 1",
-        ),
-        (not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"),
-        (not 0 <= config.average_decay < 1, f"average_decay is {config.average_decay}; allowed are 0 <= decay < 1"),
-        (
-            not forward and config.average_decay > 0,
-            f"average_decay goes with the forward objective; {config.objective} draws from the policy itself",
-        ),
-    )
-    for is_wrong, message in refused:
+    for is_wrong, message in (*_of_the_run(config), *_of_the_method(config, objective)):
         if is_wrong:
             raise InputError(message)
+    if objective.replays == "direct":
+        refuse_stepped(list(rewards_of(config)), config.objective)
+
+
+def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
+    images = config.prompts_per_epoch * config.images_per_prompt
+    yield config.updates > images, f"updates is {config.updates}; an epoch has {images} images, each update needs one"
+    yield config.images_per_prompt < 2, f"images_per_prompt is {config.images_per_prompt}; comparing needs at least 2"
+    yield config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"
+    yield config.train_what not in TRAINED, f"no train_what {config.train_what!r}; allowed are {', '.join(TRAINED)}"
+    yield not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"
+    yield (
+        not 0 <= config.average_decay < 1,
+        f"average_decay is {config.average_decay}; allowed are 0 <= decay < 1",
+    )
+    yield config.fidelity_ceiling < 1, f"fidelity_ceiling is {config.fidelity_ceiling}; allowed are 1 and more"
+    yield (
+        config.fidelity_images != 0 and config.fidelity_images < 4,
+        f"fidelity_images is {config.fidelity_images}; allowed are 0 and at least 4",
+    )
+    yield (
+        config.advantages not in ("", *ADVANTAGES),
+        f"no advantages {config.advantages!r}; allowed are {', '.join(ADVANTAGES)}, or empty for the objective's own",
+    )
+
+
+def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[bool, str]]:
+    name, replays, steps = config.objective, objective.replays, config.rollout_steps
+    yield (
+        config.updates < objective.minimum_updates,
+        f"updates is {config.updates}; {name} needs at least {objective.minimum_updates}: with fewer every "
+        "ratio is 1 when it is made and the clip never acts",
+    )
+    yield (
+        0 < objective.maximum_updates < config.updates,
+        f"updates is {config.updates}; {name} takes {objective.maximum_updates}: after it the images are another "
+        "policy's, and nothing corrects for that",
+    )
+    yield (
+        replays == "forward" and config.timesteps_per_image < 1,
+        f"timesteps_per_image is {config.timesteps_per_image}; {name} needs at least 1",
+    )
+    yield (
+        objective.needs_kl and config.kl_weight <= 0,
+        f"kl_weight is {config.kl_weight}; {name} needs one above 0: without it an image below average is pushed away "
+        "without end",
+    )
+    yield (
+        replays != "forward" and config.average_decay > 0,
+        f"average_decay goes with the forward objectives; {name} draws from the policy itself",
+    )
+    yield (
+        replays != "forward" and config.train_guidance_scale not in (1.0, config.guidance_scale),
+        f"train_guidance_scale is {config.train_guidance_scale}; {name} replays the steps of the rollout and trains at "
+        f"its guidance_scale, {config.guidance_scale}",
+    )
+    yield (
+        config.window != 0 and replays != "reverse",
+        f"window is {config.window}; {name} has no random steps to choose from",
+    )
+    yield not 0 <= config.window <= steps, f"window is {config.window}; allowed are 0 to rollout_steps, {steps}"
+    yield (
+        replays == "direct" and not 1 <= config.draft_steps <= steps,
+        f"draft_steps is {config.draft_steps}; allowed are 1 to rollout_steps, {steps}",
+    )
+    yield (
+        config.draft_noisings < 0 or (config.draft_noisings > 0 and config.draft_steps > 1),
+        f"draft_noisings is {config.draft_noisings}; it noises the last step anew and goes with draft_steps 1",
+    )

@@ -1,7 +1,8 @@
 """Images drawn from the policy, and the same steps seen again.
 
-One rollout and one replay serve every objective. The reverse process is rolled out by stochastic DDIM with its latents
-and log-probabilities kept; the forward process needs only the clean latents that any solver drew. Guidance is computed
+One rollout and one replay serve every objective. The reverse process is rolled out by DDIM with its latents kept and,
+of the steps that draw noise, their log-probabilities; the forward process needs only the clean latents that any solver
+drew; a reward's own gradient goes through the last steps of a chain that draws no noise. Guidance is computed
 by `medviz.generation.sampling.noise_pred` in both, with the same scale and the same [uncond, cond] order; the unet
 stays in eval mode, so dropout is off in both.
 """
@@ -16,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from medviz.errors import InputError
 from medviz.generation.sampling import PromptEmbeds, initial_latents, noise_pred
 from train import seeding
-from train.rl.log_prob import DdimSchedule, DdimStep, ddim_step
+from train.rl.log_prob import DdimSchedule, DdimStep, ddim_step, deterministic_step
 from train.rl.prompts import PromptTable
 
 
@@ -25,7 +26,8 @@ class Rollout:
     """N images as they were drawn, on the CPU in fp32.
 
     prompt_ids int (N,); indices: each image's number in its epoch, which names its noise; latents (N, C, h, w): clean.
-    Reverse process only: chain (N, T + 1, C, h, w) from noise to clean, and log_probs (N, T).
+    DDIM only: chain (N, T + 1, C, h, w) from noise to clean; weighed: the W steps that drew noise, ascending; log_probs
+    (N, W) of what they drew.
     """
 
     prompt_ids: np.ndarray
@@ -33,6 +35,19 @@ class Rollout:
     latents: torch.Tensor
     chain: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
+    weighed: tuple[int, ...] = ()
+
+    def at(self, rows: np.ndarray, index: int) -> torch.Tensor:
+        """The latents (B, C, h, w) of `rows` before step `index`. InputError where no chain was kept."""
+        if self.chain is None:
+            raise InputError("this rollout kept no chain: it can be trained on by the forward objectives alone")
+        return self.chain[torch.from_numpy(np.asarray(rows)), index]
+
+    def old_log_prob(self, rows: np.ndarray, index: int) -> torch.Tensor:
+        """The log-probability (B,) of step `index` when `rows` were drawn. InputError for a step that drew nothing."""
+        if self.log_probs is None or index not in self.weighed:
+            raise InputError(f"step {index} of this rollout drew no noise: it has no log-probability to learn from")
+        return self.log_probs[torch.from_numpy(np.asarray(rows)), self.weighed.index(index)]
 
 
 def latent_seeds(seed: int, stage: str, step: int, indices: Sequence[int]) -> list[int]:
@@ -52,9 +67,10 @@ def roll_out(
     epoch: int,
     batch: int,
 ) -> Rollout:
-    """Draw one image for each of `prompt_ids` by stochastic DDIM, `batch` at a time, keeping latents and log-probs.
+    """Draw one image for each of `prompt_ids` by DDIM, `batch` at a time, keeping latents and log-probs.
 
-    The noise of an image is a function of (seed, epoch, its index) alone, whatever batch it is in.
+    Steps of the schedule without noise are deterministic and have no log-prob. The noise of an image is a function of
+    (seed, epoch, its index) alone, whatever batch it is in.
     """
     device, chains, log_probs = table.cond.device, [], []
     for start in range(0, len(prompt_ids), batch):
@@ -63,16 +79,20 @@ def roll_out(
         latents = initial_latents(unet.config, latent_seeds(seed, "rl-latents", epoch, mine)).to(device)
         chain, weighed = [latents.cpu()], []
         for index in range(len(schedule)):
-            noise = seeding.normal(tuple(latents.shape[1:]), seed, f"rl-noise-{index}", epoch, mine).to(device)
             with torch.no_grad():
-                step = policy_step(unet, latents, index, embeds, schedule, guidance_scale, noise=noise)
-            latents = step.prev_latents
+                if index in schedule.stochastic:
+                    noise = seeding.normal(tuple(latents.shape[1:]), seed, f"rl-noise-{index}", epoch, mine).to(device)
+                    step = policy_step(unet, latents, index, embeds, schedule, guidance_scale, noise=noise)
+                    latents = step.prev_latents
+                    weighed.append(step.log_prob.cpu())
+                else:
+                    latents = certain_steps(unet, latents, range(index, index + 1), embeds, schedule, guidance_scale)[0]
             chain.append(latents.cpu())
-            weighed.append(step.log_prob.cpu())
         chains.append(torch.stack(chain, 1))
-        log_probs.append(torch.stack(weighed, 1))
+        log_probs.append(torch.stack(weighed, 1) if weighed else torch.empty(len(mine), 0))
     whole = torch.cat(chains)
-    return Rollout(np.asarray(prompt_ids), tuple(int(i) for i in indices), whole[:, -1], whole, torch.cat(log_probs))
+    numbers = tuple(int(i) for i in indices)
+    return Rollout(np.asarray(prompt_ids), numbers, whole[:, -1], whole, torch.cat(log_probs), schedule.stochastic)
 
 
 def policy_step(
@@ -86,9 +106,28 @@ def policy_step(
     noise: torch.Tensor | None = None,
     prev_latents: torch.Tensor | None = None,
 ) -> DdimStep:
-    """One step of the policy: guided prediction, then :func:`ddim_step`. The only one, for rollout and replay alike."""
+    """One random step: guided prediction, then :func:`ddim_step`. The only one, for rollout and replay alike."""
     prediction = noise_pred(unet, latents, schedule.timesteps[index], embeds, guidance_scale)
     return ddim_step(schedule, index, prediction, latents, noise=noise, prev_latents=prev_latents)
+
+
+def certain_steps(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    steps: Sequence[int],
+    embeds: PromptEmbeds,
+    schedule: DdimSchedule,
+    guidance_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps that draw no noise, one after the other; keeps the gradient.
+
+    Returns the latents (B, C, h, w) they end in and the guided predictions (B, K, C, h, w) on the way.
+    """
+    predictions = []
+    for index in steps:
+        predictions.append(noise_pred(unet, latents, schedule.timesteps[index], embeds, guidance_scale))
+        latents = deterministic_step(schedule, index, predictions[-1], latents)
+    return latents, torch.stack(predictions, 1)
 
 
 def replay_step(
@@ -101,9 +140,6 @@ def replay_step(
     guidance_scale: float,
 ) -> DdimStep:
     """Step `index` of the images `rows` of `rollout` again, by whatever adapter is on; keeps the gradient."""
-    if rollout.chain is None:
-        raise InputError("this rollout kept no chain: it can be trained on by the forward objective alone")
-    device, chosen = table.cond.device, torch.from_numpy(np.asarray(rows))
-    now, after = (rollout.chain[chosen, i].to(device) for i in (index, index + 1))
+    now, after = (rollout.at(rows, i).to(table.cond.device) for i in (index, index + 1))
     embeds = table.embeds(rollout.prompt_ids[rows])
     return policy_step(unet, now, index, embeds, schedule, guidance_scale, prev_latents=after)

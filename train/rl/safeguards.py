@@ -1,4 +1,4 @@
-"""What keeps alignment honest: a data anchor, a held-out judge, a floor under diversity, a reason to stop.
+"""What keeps alignment honest: a data anchor, a held-out judge, bounds on diversity and likeness, a reason to stop.
 
 The judge and the reward differ in architecture and in training images; nothing in this file feeds the judge's opinion
 back into a gradient. It only chooses which of the trained adapters is kept, and when to stop.
@@ -15,7 +15,6 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError
-from medviz.rewards.registry import SafeRewards
 from train import seeding
 from train.diffusion import denoising_loss
 
@@ -30,9 +29,6 @@ class Opinion:
     features: torch.Tensor
 
 
-Scorer = Callable[[torch.Tensor, Sequence[ParsedPrompt]], SafeRewards]
-"""(images (B, 3, H, W) in [-1, 1], their prompts) -> their rewards, what could not be rewarded masked."""
-
 Judge = Callable[[torch.Tensor, Sequence[ParsedPrompt]], Opinion]
 """(images (B, 3, H, W) in [-1, 1], their prompts) -> its opinion of them."""
 
@@ -41,9 +37,10 @@ Judge = Callable[[torch.Tensor, Sequence[ParsedPrompt]], Opinion]
 class Evaluation:
     """One look at a fixed set of N images (prompts and seeds), after `epoch` epochs (0: before any training).
 
-    rewards and judge_scores: continuous attribute reward of each image in [-1, 1], by the network that is trained on
-    and by the held-out one; judge_accuracy: mean share of asked attributes the judge finds as asked; diversity: see
-    :func:`diversity`. A masked reward is left out of `rewards`; an image whose prompt asks for nothing that the judge
+    rewards: of each image, by what is trained on; judge_scores: continuous attribute reward of each in [-1, 1] by the
+    held-out network; judge_accuracy: mean share of asked attributes the judge finds as asked; diversity: see
+    :func:`diversity`; distance: kernel distance of the judge's features from real images', None where there are none.
+    A masked reward is left out of `rewards`; an image whose prompt asks for nothing that the judge
     knows has the score NaN.
     """
 
@@ -52,6 +49,7 @@ class Evaluation:
     judge_scores: tuple[float, ...]
     judge_accuracy: float
     diversity: float
+    distance: float | None = None
 
     @property
     def reward(self) -> float:
@@ -72,17 +70,18 @@ class Evaluation:
 
     def summary(self) -> dict[str, float]:
         """The figures to log."""
-        return {
+        figures = {
             "reward": self.reward,
             "judge": self.judge,
             "judge_accuracy": self.judge_accuracy,
             "diversity": self.diversity,
         }
+        return figures if self.distance is None else {**figures, "distance": self.distance}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: this evaluation is the best so far of those that kept diversity; stop: why training should end, or ""."""
+    """best: this evaluation is the best so far of the eligible ones; stop: why training should end, or ""."""
 
     best: bool
     stop: str
@@ -92,14 +91,17 @@ class Verdict:
 class Watch:
     """Keeps the best adapter by judge and says when to stop.
 
-    floor: least share of the untrained diversity that an adapter may keep and be eligible. patience: evaluations in a
-    row without a new best, of which the last has the reward above and the judge below the best one's, or diversity
-    below its floor, after which training stops. A judge's fall of up to `tolerance` standard errors counts as no fall.
+    An adapter is eligible that keeps at least `floor` of the untrained model's diversity and lies at most `ceiling`
+    times as far from real images as the untrained model does (where distances are looked at). patience: evaluations in
+    a row without a new best that all have the reward above and the judge below the best one's, or all lack diversity,
+    or all lie too far off, after which training stops. A judge's fall of up to `tolerance` standard errors counts as no
+    fall.
     """
 
     floor: float = 0.85
     patience: int = 2
     tolerance: float = 1.0
+    ceiling: float = 1.1
     history: list[Evaluation] = field(default_factory=list)
     best: Evaluation | None = None
     stopped: str = ""
@@ -116,7 +118,8 @@ class Watch:
         self.history.append(evaluation)
         if len(self.history) == 1:
             return Verdict(False, "")
-        if self.keeps_diversity(evaluation) and (self.best is None or evaluation.judge > self.best.judge):
+        eligible = self.keeps_diversity(evaluation) and self.keeps_likeness(evaluation)
+        if eligible and (self.best is None or evaluation.judge > self.best.judge):
             self.best = evaluation
             return Verdict(True, "")
         self.stopped = self._reason()
@@ -126,12 +129,28 @@ class Watch:
         """Whether `evaluation` keeps the floor's share of the untrained model's diversity."""
         return evaluation.diversity >= self.floor * self.history[0].diversity
 
+    def keeps_likeness(self, evaluation: Evaluation) -> bool:
+        """Whether `evaluation` lies at most `ceiling` times as far from real images as the untrained model.
+
+        True where distances are not looked at. An unbiased kernel distance may be below 0: the allowance is then as
+        large as it would be above.
+        """
+        untrained = self.history[0].distance
+        if untrained is None or evaluation.distance is None:
+            return True
+        return evaluation.distance <= untrained + (self.ceiling - 1) * abs(untrained)
+
     def _reason(self) -> str:
         recent = self.history[1:][-self.patience :]
         if len(recent) < self.patience or any(e is self.best for e in recent):
             return ""
         if not any(self.keeps_diversity(e) for e in recent):
             return f"diversity below {self.floor:.0%} of the untrained model's in {self.patience} evaluations in a row"
+        if not any(self.keeps_likeness(e) for e in recent):
+            return (
+                f"more than {self.ceiling:.2f} times as far from real images as the untrained model in "
+                f"{self.patience} evaluations in a row"
+            )
         mark = self.best or self.history[0]
         if all(self._parted(e, mark) for e in recent):
             return f"reward rose and judge fell against epoch {mark.epoch} in {self.patience} evaluations in a row"

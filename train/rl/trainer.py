@@ -1,12 +1,13 @@
 """`python -m train rl RECIPE`: align a generator with rewards by reinforcement learning.
 
 Opens what the recipe names and hands it to the learner: the fine-tuned pipeline, the reward network, the held-out
-judge, and the real latents of the anchor.
+judge, the real latents of the anchor, and real images that evaluations are held against.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 
@@ -15,17 +16,22 @@ from medviz.domains.base import Domain, ParsedPrompt
 from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import encode_prompts
 from medviz.grounding.anatomy import Segmenter
+from medviz.rewards.alignment import AlignmentNetwork
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
-from medviz.rewards.registry import Drawn, SafeRewards, get_reward, safe_rewards
+from medviz.rewards.composite import composite
+from train import seeding
+from train.classifier import HALVES
 from train.config import parse
 from train.datasets.latents import split_latents
 from train.datasets.split import open_split
 from train.diffusion import sample_weights
+from train.evaluate.features import judge_space
 from train.loop import fit
 from train.rl.learner import RlLearner
-from train.rl.recipe import RlConfig
-from train.rl.safeguards import Anchor, Judge, Opinion, Scorer
+from train.rl.recipe import RlConfig, rewards_of
+from train.rl.safeguards import Anchor, Judge, Opinion
+from train.rl.scoring import Scorer
 
 
 def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
@@ -43,16 +49,16 @@ def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
     return pipeline.to(device)
 
 
-def open_scorer(config: RlConfig) -> Scorer:
-    """The recipe's reward, with the networks it looks through."""
-    reward = get_reward(config.reward_function)
-    classifier = AttributeClassifier.load(config.reward, config.device)
-    segmenter = Segmenter.load(config.segmenter, config.device) if config.segmenter else None
-
-    def scorer(images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> SafeRewards:
-        return safe_rewards(reward, Drawn(images, tuple(parsed), classifier, segmenter))
-
-    return scorer
+def open_scorer(config: RlConfig, domain: Domain) -> Scorer:
+    """The recipe's reward, with the networks that it names to look through."""
+    return Scorer(
+        composite(rewards_of(config)),
+        classifier=AttributeClassifier.load(config.reward, config.device) if config.reward else None,
+        anatomy=Segmenter.load(config.segmenter, config.device) if config.segmenter else None,
+        alignment=AlignmentNetwork.load(config.contrastive, config.device) if config.contrastive else None,
+        aspects=domain.aspects,
+        device=config.device,
+    )
 
 
 def open_judge(config: RlConfig) -> Judge:
@@ -60,7 +66,7 @@ def open_judge(config: RlConfig) -> Judge:
 
     Raises InputError when the judge and the reward are one folder: a judge that was trained on judges nothing.
     """
-    if Path(config.judge).resolve() == Path(config.reward).resolve():
+    if config.reward and Path(config.judge).resolve() == Path(config.reward).resolve():
         raise InputError(
             f"the judge is the reward network itself ({config.judge}); it must be one that is not trained on"
         )
@@ -91,10 +97,30 @@ def open_anchor(config: RlConfig, pipeline: StableDiffusionPipeline, domain: Dom
     )
 
 
+def open_real(config: RlConfig) -> torch.Tensor:
+    """The judge's features (fidelity_images, F) of training images of its own half, a function of the seed.
+
+    Its own half: no image that the reward has learnt from decides which adapter is kept. Raises InputError when the
+    half has fewer.
+    """
+    split = open_split(config.domain, "train")
+    mine = np.flatnonzero(split.halves == HALVES["judge"])
+    if len(mine) < config.fidelity_images:
+        raise InputError(
+            f"fidelity_images is {config.fidelity_images}; the judge's half of {config.domain} has {len(mine)} images"
+        )
+    order = seeding.numpy_generator(config.seed, "rl-real").permutation(mine)
+    images = split.images(config.size_px, np.sort(order[: config.fidelity_images]).tolist())
+    space = judge_space(AttributeClassifier.load(config.judge, config.device))
+    return torch.from_numpy(space.embed(images, batch=config.rollout_batch, device=config.device))
+
+
 def main(arguments: list[str]) -> None:
     """`python -m train rl RECIPE [overrides]`."""
     config = parse(arguments, RlConfig)
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
-    fit(RlLearner(config, pipeline, domain, open_scorer(config), open_judge(config), anchor), config)
+    real = open_real(config) if config.fidelity_images else None
+    scorer, judge = open_scorer(config, domain), open_judge(config)
+    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real), config)

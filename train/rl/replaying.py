@@ -1,0 +1,170 @@
+"""What of the drawn images is seen again in an epoch: steps of the chain, noised images, or the chain's last steps.
+
+Each pass is one UNet step (or the few of the direct replay) on every image, so that an objective sees B (image,
+timestep) pairs at a time and its gradient does not depend on how they are cut into micro-batches.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+from medviz.domains.base import ParsedPrompt
+from medviz.errors import InputError, ModelError
+from medviz.generation.sampling import decode_latents, noise_pred
+from train import seeding
+from train.rl.log_prob import DdimSchedule
+from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
+from train.rl.policy import Policy
+from train.rl.prompts import PromptTable
+from train.rl.recipe import RlConfig
+from train.rl.rollout import Rollout, certain_steps, replay_step
+
+Replayed = Callable[[np.ndarray, Rollout, torch.Tensor], Losses]
+"""(rows of the rollout, the rollout, their advantages) -> their losses in one pass."""
+
+RewardGradient = Callable[[torch.Tensor, Sequence[ParsedPrompt]], torch.Tensor]
+"""(images (B, 3, H, W) in [-1, 1], their prompts) -> rewards (B,) that gradients flow from to the images."""
+
+
+class Replayer:
+    """The passes of each epoch, for the objective that the recipe names."""
+
+    def __init__(
+        self,
+        config: RlConfig,
+        pipeline: StableDiffusionPipeline,
+        policy: Policy,
+        table: PromptTable,
+        schedule: DdimSchedule | None,
+        reward: RewardGradient,
+    ) -> None:
+        """schedule: of the DDIM rollout, None where the solver draws the images. reward: the direct replay's alone."""
+        self.config, self.pipeline, self.policy, self.table = config, pipeline, policy, table
+        self.schedule, self.reward = schedule, reward
+        self.objective = get_objective(config.objective)
+        self.options = ObjectiveOptions(config.clip_range, config.beta, config.advantage_clip, config.kl_weight)
+        self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    @property
+    def _ddim(self) -> DdimSchedule:
+        if self.schedule is None:
+            raise InputError(f"{self.config.objective} needs the schedule of a DDIM chain; there is none")
+        return self.schedule
+
+    def passes(self, epoch: int, rollout: Rollout) -> dict[str, Replayed]:
+        """What of each image is replayed in `epoch`, by name. Raises InputError for a rollout of another kind."""
+        config = self.config
+        if self.objective.replays == "forward":
+            return {f"stratum{j}": partial(self._noised, epoch, j) for j in range(config.timesteps_per_image)}
+        if self.objective.replays == "direct":
+            if config.draft_noisings:
+                return {f"noising{j}": partial(self._renoised, epoch, j) for j in range(config.draft_noisings)}
+            return {"tail": partial(self._tail, self.tail_length(epoch))}
+        chosen = np.asarray(rollout.weighed)
+        if 0 < config.timesteps_per_image < len(chosen):
+            chosen = seeding.numpy_generator(config.seed, "rl-window", epoch).choice(
+                chosen, config.timesteps_per_image, replace=False
+            )
+        return {f"t{self._ddim.timesteps[i]:04d}": partial(self._chain, int(i)) for i in sorted(chosen)}
+
+    def tail_length(self, epoch: int) -> int:
+        """Steps K that gradients go through in `epoch`: draft_steps, or drawn from 1 .. draft_steps (AlignProp)."""
+        if not self.config.draft_random:
+            return self.config.draft_steps
+        rng = seeding.numpy_generator(self.config.seed, "rl-tail", epoch)
+        return int(rng.integers(1, self.config.draft_steps, endpoint=True))
+
+    def drift(self, epoch: int, rollout: Rollout) -> float:
+        """Mean squared distance of the policy's prediction from the adapter-free model's, on some images of `rollout`.
+
+        Looks only: no gradient. At one noise level an image, spread over all of them.
+        """
+        rows = np.arange(min(self.config.micro_batch, len(rollout.indices)))
+        places = (rows + 0.5) / len(rows)
+        noisy, timesteps, _ = self._noise_again(rollout, rows, places, "rl-drift", epoch)
+        embeds = self.table.embeds(rollout.prompt_ids[rows])
+        predict = partial(noise_pred, self.pipeline.unet, noisy, timesteps, embeds, 1.0)
+        with torch.no_grad():
+            policy = predict()
+            with self.policy.using(None):
+                return (policy - predict()).square().mean().item()
+
+    def _chain(self, index: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
+        unet, reference_mean = self.pipeline.unet, None
+        # One guidance scale for both: the rollout's. There is no other that this replay could take.
+        again = partial(replay_step, unet, self.table, rollout, rows, index, self._ddim, self.config.guidance_scale)
+        if self.config.kl_weight > 0:
+            with self.policy.using(None), torch.no_grad():
+                reference_mean = again().mean
+        old = rollout.old_log_prob(rows, index).to(advantages.device)
+        return self.objective.loss(Replay(advantages, again(), old, reference_mean), self.options)
+
+    def _noised(self, epoch: int, stratum: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
+        config, unet = self.config, self.pipeline.unet
+        drawn = seeding.numpy_generator(config.seed, "rl-timesteps", epoch, stratum).random(len(rollout.indices))[rows]
+        places = (drawn + stratum) / config.timesteps_per_image
+        noisy, timesteps, target = self._noise_again(rollout, rows, places, f"rl-forward-{stratum}", epoch)
+        embeds = self.table.embeds(rollout.prompt_ids[rows])
+        predict = partial(noise_pred, unet, noisy, timesteps, embeds, config.train_guidance_scale)
+        old = reference = None
+        with torch.no_grad():
+            if self.objective.needs_old:
+                with self.policy.using(self.policy.behaviour):
+                    old = predict()
+            if config.kl_weight > 0:
+                with self.policy.using(None):
+                    reference = predict()
+        replay = Replay(
+            advantages, prediction=predict(), target=target, old_prediction=old, reference_prediction=reference
+        )
+        return self.objective.loss(replay, self.options)
+
+    def _noise_again(
+        self, rollout: Rollout, rows: np.ndarray, places: np.ndarray, stage: str, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy latents, timesteps (places in [0, 1) of the noise levels) and the UNet's target, noise or velocity."""
+        device = self.table.cond.device
+        timesteps = torch.from_numpy((places * self.noising.config.num_train_timesteps).astype(np.int64)).to(device)
+        clean = rollout.latents[torch.from_numpy(rows)].to(device)
+        noise = self._noise(rollout, rows, stage, epoch)
+        velocity = self.noising.config.prediction_type == "v_prediction"
+        target = self.noising.get_velocity(clean, noise, timesteps) if velocity else noise
+        return self.noising.add_noise(clean, noise, timesteps), timesteps, target
+
+    def _noise(self, rollout: Rollout, rows: np.ndarray, stage: str, epoch: int) -> torch.Tensor:
+        shape, indices = tuple(rollout.latents.shape[1:]), [rollout.indices[r] for r in rows]
+        return seeding.normal(shape, self.config.seed, stage, epoch, indices).to(self.table.cond.device)
+
+    def _tail(self, length: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
+        """DRaFT-K: the last `length` steps again from where the rollout stood, the reward's gradient through them."""
+        start = rollout.at(rows, len(self._ddim) - length).to(advantages.device)
+        return self._through(start, length, rows, rollout, advantages)
+
+    def _renoised(
+        self, epoch: int, number: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor
+    ) -> Losses:
+        """DRaFT-LV: the last step again from the finished latents, noised to its level anew: less variance a sample."""
+        clean = rollout.latents[torch.from_numpy(rows)].to(advantages.device)
+        noise = self._noise(rollout, rows, f"rl-noising-{number}", epoch)
+        last = torch.full((len(rows),), self._ddim.timesteps[-1], device=advantages.device)
+        return self._through(self.noising.add_noise(clean, noise, last), 1, rows, rollout, advantages)
+
+    def _through(
+        self, start: torch.Tensor, length: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor
+    ) -> Losses:
+        unet, ids, total = self.pipeline.unet, rollout.prompt_ids[rows], len(self._ddim)
+        steps, scale = range(total - length, total), self.config.guidance_scale
+        again = partial(certain_steps, unet, start, steps, self.table.embeds(ids), self._ddim, scale)
+        reference = None
+        if self.config.kl_weight > 0:
+            with self.policy.using(None), torch.no_grad():
+                reference = again()[1]
+        latents, prediction = again()
+        rewards = self.reward(decode_latents(self.pipeline.vae, latents), [self.table.parsed[i] for i in ids])
+        if not bool(torch.isfinite(rewards).all()):
+            raise ModelError("a reward that was finite on the rollout is not finite when it is differentiated")
+        replay = Replay(advantages, rewards=rewards, prediction=prediction, reference_prediction=reference)
+        return self.objective.loss(replay, self.options)
