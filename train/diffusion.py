@@ -50,7 +50,7 @@ class DiffusionConfig(StageConfig):
     compile: bool = False
     """torch.compile the UNet: a fifth to a quarter faster on a CPU after two minutes of compiling."""
     bf16: bool = False
-    """Forward and backward pass in bf16 by autocast, convolutions channels-last; weights, optimiser and loss stay fp32."""
+    """Both passes in bf16 by autocast, convolutions channels-last; weights, optimiser and loss stay fp32."""
     size_px: int = 128
     channels: tuple[int, ...] = (128, 192, 224)
     cross_attention: tuple[bool, ...] = (False, True, True)

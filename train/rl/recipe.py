@@ -115,6 +115,8 @@ class RlConfig(StageConfig):
     """Weight of the diffusion loss on real latents; 0: no anchor, and no training images are read."""
     anchor_batch: int = 16
     """Real latents an optimiser step."""
+    min_snr_gamma: float = 5.0
+    """Of the anchor's loss, as in the recipe that finished the base."""
 
     evaluate_every: int = 4
     """Epochs between looks by the judge."""

@@ -94,6 +94,7 @@ def open_anchor(config: RlConfig, pipeline: StableDiffusionPipeline, domain: Dom
         schedule=DDPMScheduler.from_config(pipeline.scheduler.config),
         seed=config.seed,
         weights=sample_weights(split, config.source_shares, config.rarity_power),
+        min_snr_gamma=config.min_snr_gamma,
     )
 
 
