@@ -25,10 +25,11 @@ def all_valid(rewards):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 7, -2.5])
-def test_equal_rewards_give_exactly_zero(method, value):
-    rewards, ids = np.full(12, value), np.repeat([4, 9], 6)
+@pytest.mark.parametrize("size", [3, 6, 7])
+def test_equal_rewards_give_exactly_zero(method, value, size):
+    rewards, ids = np.full(2 * size, value), np.repeat([4, 9], size)
     result = method(ids, rewards, all_valid(rewards), 5.0, PromptStatistics(32, 1))
-    assert np.array_equal(result.values, np.zeros(12, np.float32))
+    assert np.array_equal(result.values, np.zeros(2 * size, np.float32))
     assert result.zero_variance == 1.0
 
 
