@@ -69,7 +69,9 @@ def opened(work: Work) -> Side:
     """The learner on the pipeline of `work`, ready to run epochs."""
     pipeline = open_pipeline(work.base, "cpu")
     domain = narrowed(get_domain(DOMAIN), work.prompts)
-    learner = RlLearner(recipe(work), pipeline, domain, Scorer(Composite({"redness": _reward}, {"redness": 1.0})), _no_judge)
+    learner = RlLearner(
+        recipe(work), pipeline, domain, Scorer(Composite({"redness": _reward}, {"redness": 1.0})), _no_judge
+    )
     meter = Meter(pipeline.unet)
 
     def epoch(number: int) -> float:

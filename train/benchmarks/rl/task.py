@@ -85,9 +85,7 @@ def look(pipeline: StableDiffusionPipeline, work: Work) -> Look:
     parts = []
     for start in range(0, len(prompts), work.batch):
         rows = slice(start, start + work.batch)
-        latents = sample(
-            pipeline, prompts[rows], seeds[rows], steps=work.steps, guidance_scale=work.guidance_scale
-        )
+        latents = sample(pipeline, prompts[rows], seeds[rows], steps=work.steps, guidance_scale=work.guidance_scale)
         parts.append(decode(pipeline, latents) / 2 + 0.5)
     images = torch.cat(parts).cpu()
     features = torch.nn.functional.adaptive_avg_pool2d(images, _FEATURE_GRID).flatten(1)
