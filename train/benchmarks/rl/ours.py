@@ -65,22 +65,25 @@ def _no_judge(_: torch.Tensor, __: Sequence[ParsedPrompt]) -> Opinion:
     raise InputError("the benchmark takes its own looks")
 
 
-def opened(work: Work) -> Side:
-    """The learner on the pipeline of `work`, ready to run epochs."""
-    pipeline = open_pipeline(work.base, "cpu")
+def learner(work: Work) -> RlLearner:
+    """The learner on the pipeline of `work`; it has no judge, so only its epochs can be run, not its looks."""
+    scorer = Scorer(Composite({"redness": _reward}, {"redness": 1.0}))
     domain = narrowed(get_domain(DOMAIN), work.prompts)
-    learner = RlLearner(
-        recipe(work), pipeline, domain, Scorer(Composite({"redness": _reward}, {"redness": 1.0})), _no_judge
-    )
-    meter = Meter(pipeline.unet)
+    return RlLearner(recipe(work), open_pipeline(work.base, "cpu"), domain, scorer, _no_judge)
+
+
+def opened(work: Work) -> Side:
+    """The learner of `work`, ready to run epochs."""
+    made = learner(work)
+    meter = Meter(made.pipeline.unet)
 
     def epoch(number: int) -> float:
         with meter.phase("sample"):
-            rollout = learner.draw(number)
-            rewards = learner.rewarded(rollout)
+            rollout = made.draw(number)
+            rewards = made.rewarded(rollout)
         with meter.phase("train"):
-            learner.learn(number, rollout, rewards)
-            learner.policy.average(learner.config.average_decay)
+            made.learn(number, rollout, rewards)
+            made.policy.average(made.config.average_decay)
         return float(rewards.values[rewards.valid].mean())
 
-    return Side(pipeline, meter, epoch, partial(learner.policy.using, learner.policy.behaviour))
+    return Side(made.pipeline, meter, epoch, partial(made.policy.using, made.policy.behaviour))
