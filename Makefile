@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | train-dermatology | train-radiology
+# make run | test | test-slow | check | bench | train-dermatology | train-radiology
 # Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
@@ -13,13 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow check format report clean train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow check bench format report clean train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
 	@echo "make test                install what tests need and run the fast suite"
 	@echo "make test-slow           also the slow tests"
 	@echo "make check               ruff, format, types"
+	@echo "make bench               our reinforcement learning beside TRL's DDPO, about ten minutes on two idle cores"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
 	@echo "make train-radiology"
 
@@ -102,6 +103,13 @@ endef
 $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
 $(eval $(call stage,autoencoder,decoder-$(PRESET),autoencoder-$(PRESET)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.dev
+	$(BIN)/python -m pip install -qq --editable '.[train,bench]'
+	@touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m train bench rl
 
 report: setup-dev
 	$(BIN)/python -m train report
