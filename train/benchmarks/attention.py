@@ -54,7 +54,7 @@ def measure(config: AttentionBenchmark) -> dict[str, Any]:
     for name in config.domains:
         pipeline = library.load(name).pipeline
         prompt = get_domain(name).examples[0].prompt
-        options = {"steps": config.steps, "guidance_scale": config.guidance_scale}
+        options: dict[str, Any] = {"steps": config.steps, "guidance_scale": config.guidance_scale}
 
         def plain() -> torch.Tensor:
             return sample(pipeline, [prompt], [1], **options)  # noqa: B023 - called before the next domain
