@@ -103,7 +103,7 @@ def test_trl_does_the_same_work_from_the_same_start(base, tmp_path):
 
 def test_a_side_that_fails_says_why(base, tmp_path):
     with pytest.raises(ModelError, match=r"grpo on seed 3 failed(?s:.*)no side for 'grpo'"):
-        benchmark.run_side(work(base, "ddpo", method="grpo"), tmp_path, sys.executable)
+        benchmark.run_side(replace(work(base, "ddpo"), method="grpo"), tmp_path, sys.executable)
 
 
 def test_a_phase_inside_another_is_counted_once():
