@@ -17,7 +17,7 @@ from train import seeding
 from train.tokenizer import build_tokenizer
 
 LATENT = (4, 8, 8)  # channels, height, width; images have four times the side
-WIDTH = 32
+WIDTH = 24
 MAX_LENGTH = 32
 _STAGE = "bench-rl"
 _CORPUS, _VOCABULARY = 300, 900

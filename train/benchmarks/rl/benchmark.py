@@ -55,14 +55,14 @@ class RlBenchmark:
     peer_python: str = ""
     """Interpreter in which the peer runs; empty: this one."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    epochs: int = 20
+    epochs: int = 15
     warmup: int = 2
     """First epochs of each run whose seconds are not counted."""
     prompts_per_epoch: int = 8
     images_per_prompt: int = 4
     batch: int = 16
     """Images a forward pass, in sampling and in training; guidance doubles the rows."""
-    steps: int = 10
+    steps: int = 8
     """DDIM steps; the ddpo methods train on all of them."""
     guidance_scale: float = 3.0
     updates: int = 2
@@ -77,7 +77,7 @@ class RlBenchmark:
     forward_updates: int = 4
     timesteps_per_image: int = 3
     """Noise levels of each image that the forward method trains on."""
-    evaluation_images: int = 8
+    evaluation_images: int = 4
     """Images of each prompt in a look."""
     threads: int = 2
     base_steps: int = 400
