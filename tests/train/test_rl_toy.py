@@ -332,6 +332,27 @@ def test_looks_measure_rewards_on_one_scale_from_first_to_last(base):
     assert last.reward > 1.0
 
 
+def test_a_look_does_not_depend_on_what_training_has_seen_since(base):
+    made = learner(base, "draft", updates=2, functions={"x": linear, "goal": quadratic})
+    made.looks.evaluate(0)
+    before = made.looks.evaluate(1)
+    made.scorer.composite.observe({name: torch.linspace(50, 90, 20) for name in ("x", "goal")})
+    assert made.looks.evaluate(1) == before
+
+
+def test_an_image_counts_only_with_all_parts_of_its_reward(base):
+    def picky(drawn):
+        return torch.where(drawn.images[:, 0, 0, 0] > 0.05, float("nan"), linear(drawn))
+
+    made = learner(base, "ddpo", updates=2, functions={"x": picky, "goal": quadratic})
+    rewards = made.rewarded(made.draw(0))
+    assert 0 < rewards.valid.sum() < 64
+    assert np.isfinite(rewards.values[rewards.valid]).all()
+    assert made.failures == (~rewards.valid).sum()
+    # What an image that is left out scores elsewhere moves no scale.
+    assert made.scorer.composite.running["goal"].count == rewards.valid.sum()
+
+
 def test_looks_hold_images_against_real_ones(base):
     real = torch.randn(20, 3, generator=torch.Generator().manual_seed(5)) * 0.1
     made = learner(base, "draft", updates=1, real=real)
