@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from medviz.domains import DOMAINS
+from medviz.domains.base import Example
 from medviz.errors import Cancelled, MedvizError
 from medviz.limits import (
     DEFAULT_GUIDANCE_SCALE,
@@ -48,9 +49,11 @@ class GenerateTab:
     def _build_request(self) -> None:
         first = DOMAINS[self.domains[0]]
         choices = [(DOMAINS[name].label, name) for name in self.domains]
-        self.domain = gr.Radio(choices, value=first.name, label="Domain", elem_id="mv-domain")
+        source = self._source(first.name)
+        # What leads away from the first screen waits until `open_page` has filled it, which would undo it.
+        self.domain = gr.Radio(choices, value=first.name, label="Domain", interactive=False, elem_id="mv-domain")
         self.prompt = gr.Textbox(
-            first.examples[0].prompt,
+            source.prompt,
             label="Prompt",
             info="Write it, or choose from the menus below.",
             lines=2,
@@ -66,7 +69,7 @@ class GenerateTab:
         )
         with gr.Row():
             self.seed = gr.Number(
-                first.examples[0].seed,
+                source.seed,
                 label="Seed",
                 info="The same seed gives the same noise.",
                 precision=0,
@@ -79,16 +82,24 @@ class GenerateTab:
                 self.keep_seed = gr.Checkbox(True, label="Keep this seed", container=False)
                 self.dice = gr.Button("New seed", size="sm", elem_id="mv-dice")
         with gr.Row():
-            self.generate = gr.Button("Generate", variant="primary", elem_id="mv-generate", scale=3, min_width=120)
+            self.generate = gr.Button(
+                "Generate", variant="primary", interactive=False, elem_id="mv-generate", scale=3, min_width=120
+            )
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="mv-cancel", min_width=80)
         with gr.Accordion("Prompt menus", open=True):
             self.builders = {
-                name: PromptBuilder(DOMAINS[name], self.prompt, self.unknown, visible=name == first.name)
+                name: PromptBuilder(
+                    DOMAINS[name],
+                    self.prompt,
+                    self.unknown,
+                    start=self._source(name).prompt,
+                    visible=name == first.name,
+                )
                 for name in self.domains
             }
         with gr.Accordion("Settings", open=False, elem_id="mv-settings"):
             self._build_settings(first.name)
-        self.galleries = {name: self._build_examples(name, visible=name == first.name) for name in self.domains}
+        self.galleries = {name: self._build_examples(name) for name in self.domains}
 
     def _build_settings(self, domain: str) -> None:
         self.steps = gr.Slider(MIN_STEPS, MAX_STEPS, DEFAULT_STEPS, step=1, label="Denoising steps", elem_id="mv-steps")
@@ -102,12 +113,12 @@ class GenerateTab:
         )
         self.adapter = gr.Dropdown(adapter_choices(self.studio, domain), value="", label="Adapter of the aligned model")
 
-    def _build_examples(self, name: str, visible: bool) -> gr.Gallery | gr.Dataset:
+    def _build_examples(self, name: str) -> gr.Gallery | gr.Dataset:
         pairs = self.examples.get(name, [])
         if not pairs:
             samples = [[example.prompt] for example in DOMAINS[name].examples]
             return gr.Dataset(
-                components=["textbox"], samples=samples, type="index", label="Example prompts", visible=visible
+                components=["textbox"], samples=samples, type="index", label="Example prompts", visible=False
             )
         return gr.Gallery(
             [(views.thumbnail(pair), ", ".join(pair.words)) for pair in pairs],
@@ -118,7 +129,7 @@ class GenerateTab:
             object_fit="contain",
             allow_preview=False,
             interactive=False,
-            visible=visible,
+            visible=False,
             buttons=[],
             elem_classes="mv-thumbs",
             elem_id=f"mv-examples-{name}",
@@ -156,21 +167,30 @@ class GenerateTab:
         self.cancel.click(self._stop, self.panel.pair, [*buttons, *self.panel.outputs], cancels=[run], **LIGHT)
 
     def open_page(self) -> Updates:
-        """Return what a fresh page shows: the first domain's first stored example."""
+        """Return what a fresh page shows, the first domain's first stored example, and what may be used from then on.
+
+        The prompt and its menus stand in the page as it is built: what a quick person types is left alone.
+        """
         name = self.domains[0]
+        usable = {part: gr.update(interactive=True) for part in (self.domain, self.generate)}
+        usable[self.galleries[name]] = gr.update(visible=True)
         pairs = self.examples.get(name, [])
         if not pairs:
-            return {self.panel.progress: views.status(EMPTY)}
-        return self._request_of(name, pairs[0]) | self.panel.show(pairs[0], STORED)
+            return {**usable, self.panel.progress: views.status(EMPTY)}
+        return usable | self.panel.show(pairs[0], STORED)
 
     def outputs_of_open_page(self) -> list[Any]:
         """Return the components that `open_page` sets."""
-        menus = [menu for builder in self.builders.values() for menu in builder.menus]
-        return [self.prompt, self.seed, *menus, self.unknown, *self.panel.outputs]
+        return [self.domain, self.generate, self.galleries[self.domains[0]], *self.panel.outputs]
 
     def leave_page(self, request: gr.Request) -> None:
         """Stop what a closed page was computing."""
         self.runs.stop(str(request.session_hash))
+
+    def _source(self, name: str) -> Pair | Example:
+        """The prompt and seed that a domain opens with: its first stored pair's, else its first example's."""
+        pairs = self.examples.get(name, [])
+        return pairs[0] if pairs else DOMAINS[name].examples[0]
 
     def _request_of(self, name: str, source: Any) -> Updates:
         """Updates of the request side for a stored pair or an example prompt of a domain."""
@@ -179,8 +199,7 @@ class GenerateTab:
     def _switch_domain(self, name: str, request: gr.Request) -> Updates:
         self.leave_page(request)
         pairs = self.examples.get(name, [])
-        source = pairs[0] if pairs else DOMAINS[name].examples[0]
-        updates = self._request_of(name, source)
+        updates = self._request_of(name, self._source(name))
         for other in self.domains:
             updates[self.builders[other].group] = gr.update(visible=other == name)
             updates[self.galleries[other]] = gr.update(visible=other == name)

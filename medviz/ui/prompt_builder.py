@@ -6,27 +6,30 @@ from typing import Any
 import gradio as gr
 
 from medviz.domains import NOT_STATED, Domain
+from medviz.domains.base import ParsedPrompt
 from medviz.ui.guard import telling
 
 
 class PromptBuilder:
     """The menus of one domain, in a group of their own, wired to the prompt's text box."""
 
-    def __init__(self, domain: Domain, prompt: gr.Textbox, unknown: gr.Textbox, *, visible: bool) -> None:
+    def __init__(self, domain: Domain, prompt: gr.Textbox, unknown: gr.Textbox, *, start: str, visible: bool) -> None:
+        """start: the prompt that the menus show at first."""
         self.domain = domain
+        values = choices_of(domain, domain.parse(start))
         self.unknown = unknown
         with gr.Group(visible=visible) as self.group, gr.Row():
             self.menus = [
                 gr.Dropdown(
                     list(field.choices),
-                    value=list(field.default) if field.multiple else field.default,
+                    value=value,
                     multiselect=field.multiple,
                     label=field.label,
                     info=field.info or None,
                     min_width=150,
                     elem_id=f"mv-field-{domain.name}-{field.name}",
                 )
-                for field in domain.fields
+                for field, value in zip(domain.fields, values, strict=True)
             ]
         for menu in self.menus:
             # `input` is a person's choice alone: what the program sets does not write the prompt again.
@@ -47,11 +50,17 @@ class PromptBuilder:
     def read(self, prompt: str) -> dict[Any, Any]:
         """Return updates that set the menus to what a prompt says and name the words it does not know."""
         parsed = self.domain.parse(prompt or "")
-        updates: dict[Any, Any] = {}
-        for field, menu in zip(self.domain.fields, self.menus, strict=True):
-            found = [choice for choice in parsed.values.get(field.name, ()) if choice in field.choices]
-            single = found[0] if found else NOT_STATED
-            updates[menu] = gr.update(value=found if field.multiple else single)
+        values = choices_of(self.domain, parsed)
+        updates: dict[Any, Any] = {m: gr.update(value=v) for m, v in zip(self.menus, values, strict=True)}
         words = ", ".join(parsed.unknown_words)
         updates[self.unknown] = gr.update(value=words, visible=bool(words))
         return updates
+
+
+def choices_of(domain: Domain, parsed: ParsedPrompt) -> list[str | list[str]]:
+    """What each menu of a domain shows for a prompt: one choice, or a list where several may be chosen."""
+    found = [[c for c in parsed.values.get(field.name, ()) if c in field.choices] for field in domain.fields]
+    return [
+        mine if field.multiple else mine[0] if mine else NOT_STATED
+        for field, mine in zip(domain.fields, found, strict=True)
+    ]

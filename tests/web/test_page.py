@@ -80,6 +80,26 @@ def test_the_first_screen_shows_a_stored_pair_its_words_and_the_notice(page: Pag
     expect(page.locator("#mv-progress")).to_contain_text("stored example")
 
 
+def test_a_quick_person_is_not_overwritten_by_the_page_that_is_still_opening(browser, url: str) -> None:
+    opened = browser.new_page(viewport={"width": 1280, "height": 1500})
+    opened.set_default_timeout(WAIT_MS)
+    held = []
+    opened.route("**/gradio_api/run/**", lambda route: held.append(route))
+    opened.goto(url)
+    prompt, generate = opened.locator("#mv-prompt textarea"), opened.locator("#mv-generate")
+    prompt.fill("a dermoscopic image of a nevus")
+    expect(generate).to_be_disabled()
+    expect(opened.locator("#mv-domain input").first).to_be_disabled()
+    opened.wait_for_timeout(500)
+    assert held, "the opening request was not held back: this test proves nothing"
+    for opening in held:
+        opening.continue_()
+    expect(generate).to_be_enabled()
+    expect(opened.locator("#mv-progress")).to_contain_text("stored example")
+    expect(prompt).to_have_value("a dermoscopic image of a nevus")
+    opened.close()
+
+
 def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_path: Path) -> None:
     set_steps(page, STEPS)
     for domain, label in (("radiology", "Radiology"), ("dermatology", "Dermatology")):
