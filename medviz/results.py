@@ -12,6 +12,8 @@ HeatMap = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Role = Literal["reward", "judge"]
 
+TABLES_NAME = "tables.md"  # beside the reports: the README's tables of results, for the app
+
 
 @dataclass(frozen=True)
 class Request:

@@ -1,16 +1,12 @@
-"""The About tab: what this is, the model cards, and the contact sheets and figures that evaluation wrote."""
+"""The About tab: what this is, the contact sheets and tables that evaluation wrote, and the model cards."""
 
-import json
-import logging
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from medviz.domains import DOMAINS
+from medviz.results import TABLES_NAME
 from medviz.studio import Studio
-
-logger = logging.getLogger(__name__)
 
 _INTRODUCTION = """
 **What this is.** Two text-to-image models draw the same prompt from the same noise: the *baseline*, trained on medical
@@ -21,41 +17,33 @@ prompt says. The coloured maps show where each word of the prompt entered the im
 gaps of their training images. Nothing here may inform a decision about a person.
 
 **How to read the scores.** The reward's networks trained the aligned model, so its reward rises by design. The judge is
-another architecture, trained on other images, and never took part in alignment: believe the judge. Where a figure could
-not be computed the table says so.
+another architecture, trained on other images, and gives alignment no gradient, but it chose which of the trained
+adapters was kept: believe the judge first, and no network for certain. Where a figure could not be computed the table
+says so.
 """
 
 
 def build_about(studio: Studio, domains: list[str], reports: Path) -> None:
-    """Build the tab inside an open gr.Tab. reports: the folder of contact sheets (*.png) and figures (*.json)."""
+    """Build the tab inside an open gr.Tab. reports: the folder of contact sheets (*.png) and of the tables."""
     gr.Markdown(_INTRODUCTION)
     for path in sorted(reports.glob("*.png")):
         gr.Image(
             str(path),
-            label=_title(path),
+            show_label=False,
+            alt_text=path.stem.replace("-", " ").capitalize(),
             interactive=False,
             format="png",
             buttons=["fullscreen", "download"],
             elem_classes="mv-well",
         )
-        figures = read_figures(path.with_suffix(".json"))
-        if figures is not None:
-            with gr.Accordion(f"{_title(path)}: figures", open=False):
-                gr.JSON(figures, show_label=False)
+    gr.Markdown(_tables(reports / TABLES_NAME), sanitize_html=True, elem_id="mv-tables")
     for name in domains:
         with gr.Accordion(f"Model card: {DOMAINS[name].label}", open=False):
             gr.Markdown(_card(studio, name), sanitize_html=True)
 
 
-def read_figures(path: Path) -> Any:
-    """Return what a report's JSON holds, None when there is none; a damaged one is logged and left out."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        logger.warning("the report %s cannot be read and is left out", path, exc_info=True)
-        return None
+def _tables(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else "No evaluation has been run yet."
 
 
 def _card(studio: Studio, name: str) -> str:
@@ -65,7 +53,3 @@ def _card(studio: Studio, name: str) -> str:
     text = path.read_text(encoding="utf-8")
     # The front matter is for the Hub.
     return text.split("\n---\n", 1)[-1] if text.startswith("---\n") else text
-
-
-def _title(path: Path) -> str:
-    return path.stem.replace("_", " ").replace("-", " ").capitalize()

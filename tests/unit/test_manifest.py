@@ -75,9 +75,10 @@ def test_a_failed_write_keeps_the_old_manifest(folder: Path) -> None:
 
 
 def test_a_card_and_hidden_files_are_no_part_of_the_models(folder: Path) -> None:
-    manifest = write_manifest(folder, FIELDS)
     (folder / "README.md").write_text("card")
     (folder / ".gitattributes").write_text("")
+    manifest = write_manifest(folder, FIELDS)
+    assert not {"README.md", ".gitattributes"} & set(manifest.files)
     verify(folder, manifest)
 
 

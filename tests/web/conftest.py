@@ -11,6 +11,7 @@ import pytest
 from medviz import Studio
 from medviz.domains import DOMAINS
 from medviz.export.examples import write_example
+from medviz.results import TABLES_NAME
 
 STEPS = 2
 
@@ -29,6 +30,8 @@ def assets(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     maker = Studio(root / "models", device="cpu")
     prompt = DOMAINS["dermatology"].examples[0].prompt
     write_example(maker.compare("dermatology", prompt, 1, STEPS), root / "examples" / "dermatology" / "01")
+    (root / "reports").mkdir()
+    (root / "reports" / TABLES_NAME).write_text("### A domain\n\n| Figure | n |\n| --- | --- |\n| Distance | 256 |\n")
     return root
 
 

@@ -160,3 +160,8 @@ def test_a_run_can_be_cancelled_and_what_was_shown_comes_back(page: Page) -> Non
     expect(page.locator("#mv-generate")).to_be_enabled()
     expect(page.locator("#mv-baseline img")).to_be_visible()
     expect(page.locator("#mv-shown textarea")).to_have_value(re.compile(f"{STEPS} steps"))
+
+
+def test_the_about_tab_shows_the_tables_of_the_reports(page: Page) -> None:
+    page.get_by_role("tab", name="About").click()
+    expect(page.locator("#mv-tables td").first).to_have_text("Distance")

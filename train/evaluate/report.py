@@ -16,10 +16,10 @@ from typing import Any
 import tyro
 
 from medviz.errors import InputError
+from medviz.results import TABLES_NAME
 
 FORMAT_VERSION = 1
 NOT_COMPUTED = "not computed"
-TABLES_NAME = "tables.md"  # beside the reports: what the app's About tab shows
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 logger = logging.getLogger(__name__)
