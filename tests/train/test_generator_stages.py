@@ -7,18 +7,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from medviz.errors import ModelError
+from medviz.errors import InputError, ModelError
 from medviz.rewards.alignment import AlignmentNetwork
 from train import seeding
 from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_components, write_encoder
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
 from train.datasets.latents import split_latents, to_pixels
 from train.datasets.split import Split
-from train.diffusion import SCHEDULE, DiffusionConfig, DiffusionLearner, denoising_loss, sample_weights
+from train.diffusion import DiffusionConfig, DiffusionLearner, denoising_loss, noise_schedule, sample_weights
 from train.loop import fit
 
 
@@ -207,8 +207,17 @@ def test_equal_captions_share_the_target() -> None:
     assert apart == pytest.approx(0, abs=1e-6)
 
 
+def test_coarse_schedule_ends_in_noise_and_spends_three_times_as_long_where_captions_decide() -> None:
+    log_snr = {name: torch.logit(noise_schedule(name).alphas_cumprod.double()) for name in ("cosine", "coarse")}
+    assert log_snr["coarse"][-1] < -10
+    assert log_snr["coarse"][0] > 9
+    assert (log_snr["coarse"] < -3.7).sum() > 2.9 * (log_snr["cosine"] < -3.7).sum()
+    with pytest.raises(InputError, match="schedule must be one of cosine, coarse, found 'linear'"):
+        noise_schedule("linear")
+
+
 def test_denoising_loss_of_a_perfect_prediction_is_zero() -> None:
-    schedule = DDPMScheduler(**SCHEDULE)
+    schedule = noise_schedule("cosine")
     generator = torch.Generator().manual_seed(1)
     latents, noise = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
     timesteps = torch.tensor([10, 500, 990])
@@ -224,7 +233,7 @@ def test_denoising_loss_of_a_perfect_prediction_is_zero() -> None:
 
 
 def test_min_snr_weight_of_v_prediction() -> None:
-    schedule = DDPMScheduler(**SCHEDULE)
+    schedule = noise_schedule("cosine")
     latents = torch.zeros(2, 4, 8, 8)
     noise = torch.ones(2, 4, 8, 8)
     timesteps = torch.tensor([1, 900])

@@ -17,6 +17,7 @@ from train.assemble import Parts, adapter_source
 from train.evaluate.fidelity import kernel_distance
 from train.rl.learner import RlLearner
 from train.rl.log_prob import ZeroVarianceError
+from train.rl.looking import Looks, RealImages
 from train.rl.objectives import OBJECTIVES
 from train.rl.policy import LoraPolicy, WholePolicy
 from train.rl.recipe import RlConfig, rewards_of
@@ -98,7 +99,7 @@ def mean_drawn(made):
     """The mean of 2,000 draws of noise that no training saw."""
     ids, seeds = np.zeros(2000, int), list(range(2000))
     with made.policy.using(made.policy.behaviour):
-        return made.drawing.sample(ids, seeds, 8).flatten(1).mean(0)
+        return made.drawing.sample(made.table, ids, seeds, 8).flatten(1).mean(0)
 
 
 def test_the_table_of_methods_is_complete():
@@ -108,7 +109,7 @@ def test_the_table_of_methods_is_complete():
 def test_the_untrained_toy_draws_its_own_density(base):
     for kind in ("epsilon", "v_prediction"):
         made = learner(base, "forward", **METHODS["forward"], prediction_type=kind)
-        latents = made.drawing.sample(np.zeros(2000, int), list(range(2000)), 20).flatten(1)
+        latents = made.drawing.sample(made.table, np.zeros(2000, int), list(range(2000)), 20).flatten(1)
         assert latents.mean(0).abs().max() < 0.1
         assert (latents.std(0) - 1).abs().max() < 0.1
 
@@ -164,7 +165,7 @@ def test_micro_batches_add_up_to_the_full_gradient(base, variant):
 def test_resumed_and_uninterrupted_runs_agree_to_the_last_bit(base, tmp_path, objective):
     """With a reward of two parts, whose scale is part of the state, and real images to be held against."""
     options = {**METHODS[objective], "steps": 4, "evaluate_every": 2, "functions": {"x": linear, "goal": quadratic}}
-    options |= {"real": torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), "fidelity_ceiling": 100.0}
+    options |= {"real": _real_images(9), "fidelity_ceiling": 100.0}
     if OBJECTIVES[objective].replays == "reverse":
         options["window"] = 2
     if OBJECTIVES[objective].replays == "forward":
@@ -354,20 +355,27 @@ def test_an_image_counts_only_with_all_parts_of_its_reward(base):
 
 
 def test_looks_hold_images_against_real_ones(base):
-    real = torch.randn(20, 3, generator=torch.Generator().manual_seed(5)) * 0.1
+    real = _real_images(20)
     made = learner(base, "draft", updates=1, real=real)
     seen = made.looks.evaluate(0)
     assert seen.distance == made.looks.evaluate(0).distance
-    images = made.drawing.images(made.drawing.sample(np.repeat(made.looks.prompts, 2), _look_seeds(made), 2))
-    expected = kernel_distance(images.flatten(1).numpy(), real.numpy()).value
+    seeds = latent_seeds(made.config.seed, "rl-captions", 0, range(5))
+    images = made.drawing.images(made.drawing.sample(made.looks.captions, np.arange(5), seeds, 2))
+    expected = kernel_distance(images.flatten(1).numpy(), real.features.numpy()).value
     assert seen.distance == pytest.approx(expected)
     assert learner(base, "draft", updates=1).looks.evaluate(0).distance is None
     with pytest.raises(InputError, match="4 or more"):
-        learner(base, "draft", updates=1, real=real[:3])
+        learner(base, "draft", updates=1, real=replace(real, features=real.features[:3]))
+    with pytest.raises(InputError, match="at least 4 captions of real images, found 3"):
+        learner(base, "draft", updates=1, real=replace(real, captions=real.captions[:3]))
+    with pytest.raises(InputError, match="go together"):
+        Looks(made.config, made.drawing, made.scorer, onlooker, 4, real=real.features)
 
 
-def _look_seeds(made):
-    return latent_seeds(made.config.seed, "rl-evaluation", 0, range(4))
+def _real_images(count):
+    """Features of invented real images, and captions of which one decides nothing that a reward can check."""
+    features = torch.randn(count, 3, generator=torch.Generator().manual_seed(5)) * 0.1
+    return RealImages(features, ("a dermoscopic image", *DOMAIN.validation_prompts()[:4]))
 
 
 @pytest.mark.parametrize(

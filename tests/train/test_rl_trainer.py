@@ -83,7 +83,7 @@ def test_the_stage_runs_from_a_recipe_to_an_adapter(model_root, tmp_path, monkey
 def test_evaluations_are_held_against_training_images_of_the_judge_s_half(model_root, tmp_path, monkeypatch):
     write_images(tmp_path / "images", 24)
     monkeypatch.setenv("MEDVIZ_DATA", str(tmp_path / "images"))
-    path = recipe_file(tmp_path, model_root / "dermatology", anchor_weight=0.0, fidelity_images=6)
+    path = recipe_file(tmp_path, model_root / "dermatology", anchor_weight=0.0, fidelity_images=5, fidelity_captions=4)
     main([path])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"distance"} <= metrics["baseline"].keys() & metrics["aligned"].keys()
@@ -93,11 +93,15 @@ def test_evaluations_are_held_against_training_images_of_the_judge_s_half(model_
         Split, "image", lambda self, i, size_px: read.append(i) or np.full((size_px, size_px, 3), i, np.uint8)
     )
     first = open_real(config)
-    assert first.shape[0] == len(read) == len(set(read)) == 6
+    assert len(first.features) == len(read) == len(set(read)) == 5
+    assert len(first.captions) == 4
     halves = open_split("dermatology", "train").halves
     assert all(halves[i] == HALVES["judge"] for i in read)
-    assert torch.equal(first, open_real(config))
-    assert not torch.equal(first, open_real(replace(config, seed=1)))
+    again, other = open_real(config), open_real(replace(config, seed=1))
+    assert torch.equal(first.features, again.features)
+    assert first.captions == again.captions
+    assert not torch.equal(first.features, other.features)
+    assert first.captions != other.captions
     with pytest.raises(InputError, match="the judge's half of dermatology has"):
         open_real(replace(config, fidelity_images=24))
 

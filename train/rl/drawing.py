@@ -66,7 +66,7 @@ class Drawing:
                     batch=config.rollout_batch,
                 )
             seeds = latent_seeds(config.seed, "rl-latents", epoch, indices)
-            latents = self.sample(prompt_ids, seeds, config.rollout_steps)
+            latents = self.sample(self.table, prompt_ids, seeds, config.rollout_steps)
         return Rollout(prompt_ids, tuple(indices), latents)
 
     def schedule_of(self, epoch: int) -> DdimSchedule | None:
@@ -77,18 +77,19 @@ class Drawing:
         start = int(rng.integers(0, len(self.schedule) - self.config.window, endpoint=True))
         return self.schedule.windowed(start, self.config.window)
 
-    def sample(self, prompt_ids: np.ndarray, seeds: Sequence[int], steps: int) -> torch.Tensor:
-        """Clean latents (N, C, h, w) by the shipped solver and whatever adapter is on, rollout_batch at a time."""
+    def sample(self, table: PromptTable, prompt_ids: np.ndarray, seeds: Sequence[int], steps: int) -> torch.Tensor:
+        """Clean latents (N, C, h, w) of prompts of `table` by the shipped solver and whatever adapter is on,
+        rollout_batch at a time."""
         parts = []
         for start in range(0, len(seeds), self.config.rollout_batch):
             rows = slice(start, start + self.config.rollout_batch)
             latents = sample(
                 self.pipeline,
-                [self.table.prompts[i] for i in prompt_ids[rows]],
+                [table.prompts[i] for i in prompt_ids[rows]],
                 seeds[rows],
                 steps=steps,
                 guidance_scale=self.config.guidance_scale,
-                prompt_embeds=self.table.embeds(prompt_ids[rows]),
+                prompt_embeds=table.embeds(prompt_ids[rows]),
             )
             parts.append(latents.float().cpu())
         return torch.cat(parts)

@@ -24,10 +24,10 @@ from train import seeding
 from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
-from train.rl.looking import Looks
+from train.rl.looking import Looks, RealImages
 from train.rl.objectives import get_objective
 from train.rl.policy import LoraPolicy, Policy, WholePolicy
-from train.rl.prompts import invented_prompts, prompt_table
+from train.rl.prompts import any_prompt_table, invented_prompts, prompt_table
 from train.rl.recipe import RlConfig, check
 from train.rl.replaying import Replayer
 from train.rl.rollout import Rollout
@@ -58,9 +58,9 @@ class RlLearner:
         scorer: Scorer,
         judge: Judge,
         anchor: Anchor | None = None,
-        real: torch.Tensor | None = None,
+        real: RealImages | None = None,
     ) -> None:
-        """real (M, F): the judge's features of real images, which evaluations are then held against, or None."""
+        """real: what evaluations are held against, or None."""
         check(config)
         if anchor is None and config.anchor_weight > 0:
             raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
@@ -79,7 +79,8 @@ class RlLearner:
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
-        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), real)
+        held = (None, None) if real is None else (real.features, any_prompt_table(pipeline, domain, real.captions))
+        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), *held)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
         self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
         self.best: dict[str, torch.Tensor] = {}

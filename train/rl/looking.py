@@ -1,6 +1,7 @@
 """The look that an evaluation takes: the same prompts and noise every time, shown to the reward and to the judge."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,14 +10,26 @@ from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
 from train.evaluate.fidelity import kernel_distance
 from train.rl.drawing import Drawing
+from train.rl.prompts import PromptTable
 from train.rl.recipe import RlConfig
 from train.rl.rollout import latent_seeds
 from train.rl.safeguards import Evaluation, Judge, Opinion, diversity
 from train.rl.scoring import Scorer
 
 
+@dataclass(frozen=True)
+class RealImages:
+    """What likeness is measured against: the judge's features (M, F) of real images, and the captions of others that
+    came from the same draw. One image of each caption is drawn, so that real and drawn images show one mix of things.
+    """
+
+    features: torch.Tensor
+    captions: tuple[str, ...]
+
+
 class Looks:
-    """Shows a fixed set of evaluation_prompts x evaluation_images images to reward and judge."""
+    """Shows a fixed set of evaluation_prompts x evaluation_images images to reward and judge, and an image of each of
+    the real images' captions to the judge."""
 
     def __init__(
         self,
@@ -26,12 +39,19 @@ class Looks:
         judge: Judge,
         validation: int,
         real: torch.Tensor | None = None,
+        captions: PromptTable | None = None,
     ) -> None:
-        """validation: how many of the table's prompts, from its first on, are the domain's own. real (M, F): the
-        judge's features of real images, or None. Raises InputError when they are too few to be a distance away from."""
+        """validation: how many of the table's prompts, from its first on, are the domain's own. real (M, F) and
+        captions: see :class:`RealImages`; both or neither. Raises InputError when there are too few of either to be a
+        distance apart."""
+        if (real is None) != (captions is None):
+            raise InputError("features of real images and captions of real images go together")
         if real is not None and (real.ndim != 2 or len(real) < 4):
             raise InputError(f"features of real images need the shape (4 or more, F), found {tuple(real.shape)}")
-        self.config, self.drawing, self.scorer, self.judge, self.real = config, drawing, scorer, judge, real
+        if captions is not None and len(captions.prompts) < 4:
+            raise InputError(f"a distance needs at least 4 captions of real images, found {len(captions.prompts)}")
+        self.config, self.drawing, self.scorer, self.judge = config, drawing, scorer, judge
+        self.real, self.captions = real, captions
         shown = min(config.evaluation_prompts, validation)
         self.prompts = np.linspace(0, validation - 1, shown).round().astype(int)
 
@@ -44,7 +64,8 @@ class Looks:
         prompt_ids = np.repeat(self.prompts, config.evaluation_images)
         seeds = latent_seeds(config.seed, "rl-evaluation", 0, range(len(prompt_ids)))
         with drawing.policy.using(drawing.policy.behaviour if epoch else None):
-            images = drawing.images(drawing.sample(prompt_ids, seeds, config.evaluation_steps))
+            images = drawing.images(drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps))
+            distance = self._distance()
         parsed = [drawing.table.parsed[i] for i in prompt_ids]
         seen, opinion = self.scorer.rewarded(images, parsed, config.rollout_batch), self._opinion(images, parsed)
         if not seen.valid.any() or not bool(opinion.score.isfinite().any()):
@@ -58,13 +79,17 @@ class Looks:
             judge_scores=tuple(opinion.score.double().tolist()),
             judge_accuracy=float(opinion.accuracy.double().nanmean()),
             diversity=diversity(opinion.features, prompt_ids),
-            distance=self._distance(opinion.features),
+            distance=distance,
         )
 
-    def _distance(self, features: torch.Tensor) -> float | None:
-        if self.real is None:
+    def _distance(self) -> float | None:
+        if self.real is None or self.captions is None:
             return None
-        return float(kernel_distance(features.numpy(), self.real.cpu().numpy(), seed=self.config.seed).value)
+        ids = np.arange(len(self.captions.prompts))
+        seeds = latent_seeds(self.config.seed, "rl-captions", 0, ids.tolist())
+        images = self.drawing.images(self.drawing.sample(self.captions, ids, seeds, self.config.evaluation_steps))
+        drawn = self._opinion(images, self.captions.parsed).features.numpy()
+        return float(kernel_distance(drawn, self.real.cpu().numpy(), seed=self.config.seed).value)
 
     def _opinion(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:
         batch, device = self.config.rollout_batch, self.drawing.table.cond.device

@@ -33,12 +33,18 @@ class PromptTable:
 
 def prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Sequence[str]) -> PromptTable:
     """The table of `prompts`. Raises InputError for one that decides no attribute: nothing could reward it."""
-    parsed = tuple(domain.parse(p) for p in prompts)
-    mute = [p.prompt for p in parsed if not p.targets]
+    table = any_prompt_table(pipeline, domain, prompts)
+    mute = [p.prompt for p in table.parsed if not p.targets]
     if mute:
         raise InputError(f"{len(mute)} of {len(prompts)} prompts ask for nothing a reward can check, e.g. {mute[0]!r}")
+    return table
+
+
+def any_prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Sequence[str]) -> PromptTable:
+    """The table of `prompts` that are only drawn: what they ask for need not be anything a reward can check."""
     with torch.no_grad():
         embeds = encode_prompts(pipeline, list(prompts))
+    parsed = tuple(domain.parse(p) for p in prompts)
     return PromptTable(tuple(prompts), parsed, embeds.cond.float(), embeds.uncond[:1].float())
 
 

@@ -129,6 +129,8 @@ class RlConfig(StageConfig):
     """Least share of the untrained per-prompt diversity that an eligible adapter keeps."""
     fidelity_images: int = 0
     """Training images of the judge's half that evaluations are held against; 0: none, and none are read."""
+    fidelity_captions: int = 64
+    """Others of that half whose captions are drawn once each to be held against them."""
     fidelity_ceiling: float = 1.1
     """Greatest distance from them of an eligible adapter, as a multiple of the untrained model's."""
     patience: int = 2
@@ -173,6 +175,7 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
         config.fidelity_images != 0 and config.fidelity_images < 4,
         f"fidelity_images is {config.fidelity_images}; allowed are 0 and at least 4",
     )
+    yield config.fidelity_captions < 4, f"fidelity_captions is {config.fidelity_captions}; allowed are 4 and more"
     yield (
         config.advantages not in ("", *ADVANTAGES),
         f"no advantages {config.advantages!r}; allowed are {', '.join(ADVANTAGES)}, or empty for the objective's own",

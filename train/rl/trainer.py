@@ -4,6 +4,7 @@ Opens what the recipe names and hands it to the learner: the fine-tuned pipeline
 judge, the real latents of the anchor, and real images that evaluations are held against.
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from train.diffusion import sample_weights
 from train.evaluate.features import judge_space
 from train.loop import fit
 from train.rl.learner import RlLearner
+from train.rl.looking import RealImages
 from train.rl.recipe import RlConfig, rewards_of
 from train.rl.safeguards import Anchor, Judge, Opinion
 from train.rl.scoring import Scorer
@@ -98,22 +100,29 @@ def open_anchor(config: RlConfig, pipeline: StableDiffusionPipeline, domain: Dom
     )
 
 
-def open_real(config: RlConfig) -> torch.Tensor:
-    """The judge's features (fidelity_images, F) of training images of its own half, a function of the seed.
+def open_real(config: RlConfig) -> RealImages:
+    """The judge's features of fidelity_images training images of its own half and captions of fidelity_captions others,
+    a function of the seed.
 
     Its own half: no image that the reward has learnt from decides which adapter is kept. Raises InputError when the
     half has fewer.
     """
-    split = open_split(config.domain, "train")
-    mine = np.flatnonzero(split.halves == HALVES["judge"])
-    if len(mine) < config.fidelity_images:
+    split, domain = open_split(config.domain, "train"), get_domain(config.domain)
+    mine, wanted = np.flatnonzero(split.halves == HALVES["judge"]), config.fidelity_images + config.fidelity_captions
+    if len(mine) < wanted:
         raise InputError(
-            f"fidelity_images is {config.fidelity_images}; the judge's half of {config.domain} has {len(mine)} images"
+            f"fidelity_images and fidelity_captions are {wanted} together; the judge's half of {config.domain} has "
+            f"{len(mine)} images"
         )
     order = seeding.numpy_generator(config.seed, "rl-real").permutation(mine)
     images = split.images(config.size_px, np.sort(order[: config.fidelity_images]).tolist())
     space = judge_space(AttributeClassifier.load(config.judge, config.device))
-    return torch.from_numpy(space.embed(images, batch=config.rollout_batch, device=config.device))
+    captions = tuple(
+        domain.caption(split.records[i], random.Random(seeding.key(config.seed, "rl-real-caption", int(i))))
+        for i in order[config.fidelity_images : wanted]
+    )
+    features = torch.from_numpy(space.embed(images, batch=config.rollout_batch, device=config.device))
+    return RealImages(features, captions)
 
 
 def main(arguments: list[str]) -> None:
