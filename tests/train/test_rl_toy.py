@@ -363,6 +363,15 @@ def test_looks_hold_images_against_real_ones(base):
     images = made.drawing.images(made.drawing.sample(made.looks.captions, np.arange(5), seeds, 2))
     expected = kernel_distance(images.flatten(1).numpy(), real.features.numpy()).value
     assert seen.distance == pytest.approx(expected)
+    assert seen.distance_error == 0.0
+    with torch.no_grad():
+        for weight in made.policy.parameters():
+            weight.add_(0.5)
+    later, resumed = made.looks.evaluate(4), learner(base, "draft", updates=1, real=real)
+    resumed.load_state(made.state())
+    assert later.distance != seen.distance
+    assert later.distance_error > 0
+    assert resumed.looks.evaluate(4).distance_error == later.distance_error
     assert learner(base, "draft", updates=1).looks.evaluate(0).distance is None
     with pytest.raises(InputError, match="4 or more"):
         learner(base, "draft", updates=1, real=replace(real, features=real.features[:3]))

@@ -28,6 +28,11 @@ class Estimate:
     high: float | None
     n: int
 
+    @property
+    def standard_error(self) -> float:
+        """A quarter of the interval's width, which is near enough; 0.0 where there is no interval."""
+        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 4
+
     def as_json(self) -> dict[str, float | int | None]:
         """Plain values for a JSON file; a figure that is not finite becomes None, which reads "not computed"."""
         return {

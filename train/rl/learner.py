@@ -235,6 +235,7 @@ class RlLearner:
             "statistics": self.statistics.state(),
             "reward": self.scorer.composite.state(),
             "watch": self.watch.state(),
+            "looks": self.looks.state(),
             "failures": self.failures,
             "forwards": dict(self.forwards),
         }
@@ -247,6 +248,7 @@ class RlLearner:
         self.statistics.load_state(state["statistics"])
         self.scorer.composite.load_state(state["reward"])
         self.watch.load_state(state["watch"])
+        self.looks.load_state(state["looks"])
         self.failures = state["failures"]
         self.forwards = defaultdict(int, state["forwards"])
 

@@ -1,6 +1,6 @@
 """The look that an evaluation takes: the same prompts and noise every time, shown to the reward and to the judge."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
-from train.evaluate.fidelity import kernel_distance
+from train.evaluate.fidelity import kernel_distance, kernel_distance_change
 from train.rl.drawing import Drawing
 from train.rl.prompts import PromptTable
 from train.rl.recipe import RlConfig
@@ -52,6 +52,7 @@ class Looks:
             raise InputError(f"a distance needs at least 4 captions of real images, found {len(captions.prompts)}")
         self.config, self.drawing, self.scorer, self.judge = config, drawing, scorer, judge
         self.real, self.captions = real, captions
+        self._untrained: np.ndarray | None = None
         shown = min(config.evaluation_prompts, validation)
         self.prompts = np.linspace(0, validation - 1, shown).round().astype(int)
 
@@ -65,7 +66,8 @@ class Looks:
         seeds = latent_seeds(config.seed, "rl-evaluation", 0, range(len(prompt_ids)))
         with drawing.policy.using(drawing.policy.behaviour if epoch else None):
             images = drawing.images(drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps))
-            distance = self._distance()
+            drawn = self._of_captions()
+        distance, error = self._distance(drawn, epoch)
         parsed = [drawing.table.parsed[i] for i in prompt_ids]
         seen, opinion = self.scorer.rewarded(images, parsed, config.rollout_batch), self._opinion(images, parsed)
         if not seen.valid.any() or not bool(opinion.score.isfinite().any()):
@@ -80,16 +82,37 @@ class Looks:
             judge_accuracy=float(opinion.accuracy.double().nanmean()),
             diversity=diversity(opinion.features, prompt_ids),
             distance=distance,
+            distance_error=error,
         )
 
-    def _distance(self) -> float | None:
-        if self.real is None or self.captions is None:
+    def _of_captions(self) -> np.ndarray | None:
+        """The judge's features (C, F) of an image of each caption by the weights that are on; None without captions."""
+        if self.captions is None:
             return None
         ids = np.arange(len(self.captions.prompts))
         seeds = latent_seeds(self.config.seed, "rl-captions", 0, ids.tolist())
         images = self.drawing.images(self.drawing.sample(self.captions, ids, seeds, self.config.evaluation_steps))
-        drawn = self._opinion(images, self.captions.parsed).features.numpy()
-        return float(kernel_distance(drawn, self.real.cpu().numpy(), seed=self.config.seed).value)
+        return self._opinion(images, self.captions.parsed).features.numpy()
+
+    def _distance(self, drawn: np.ndarray | None, epoch: int) -> tuple[float | None, float]:
+        """How far `drawn` lies from the real images, and the standard error of its change since the untrained model."""
+        if drawn is None or self.real is None:
+            return None, 0.0
+        real, seed = self.real.cpu().numpy(), self.config.seed
+        distance = float(kernel_distance(drawn, real, seed=seed).value)
+        if epoch == 0:
+            self._untrained = drawn
+        if self._untrained is None:
+            raise InputError("the first look must be at the untrained model: there is nothing to compare with")
+        return distance, kernel_distance_change(drawn, self._untrained, real, seed=seed).standard_error
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `load_state` takes back: the features of the untrained model's images, once there are any."""
+        return {} if self._untrained is None else {"untrained": torch.from_numpy(self._untrained)}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave."""
+        self._untrained = state["untrained"].numpy() if "untrained" in state else None
 
     def _opinion(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:
         batch, device = self.config.rollout_batch, self.drawing.table.cond.device

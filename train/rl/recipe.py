@@ -26,6 +26,8 @@ class RlConfig(StageConfig):
     """Which reward of `medviz.rewards.registry` is made of it, or `composite`."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Rewards and their weights, of which `composite` is made; each is brought to unit spread first."""
+    reward_timeout_s: float = 0.0
+    """Seconds a batch's reward may take before its images are masked, e.g. where a service answers; 0: no bound."""
     contrastive: str = ""
     """The alignment/ folder of a contrastive run's model, for the alignment reward."""
     segmenter: str = ""
@@ -165,6 +167,7 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     yield config.images_per_prompt < 2, f"images_per_prompt is {config.images_per_prompt}; comparing needs at least 2"
     yield config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"
     yield config.train_what not in TRAINED, f"no train_what {config.train_what!r}; allowed are {', '.join(TRAINED)}"
+    yield config.reward_timeout_s < 0, f"reward_timeout_s is {config.reward_timeout_s}; allowed are 0 and more"
     yield not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"
     yield (
         not 0 <= config.average_decay < 1,

@@ -39,9 +39,9 @@ class Evaluation:
 
     rewards: of each image, by what is trained on; judge_scores: continuous attribute reward of each in [-1, 1] by the
     held-out network; judge_accuracy: mean share of asked attributes the judge finds as asked; diversity: see
-    :func:`diversity`; distance: kernel distance of the judge's features from real images', None where there are none.
-    A masked reward is left out of `rewards`; an image whose prompt asks for nothing that the judge
-    knows has the score NaN.
+    :func:`diversity`; distance: kernel distance of the judge's features from real images', None where there are none;
+    distance_error: standard error of its change since the untrained model, drawn from the same noise. A masked reward
+    is left out of `rewards`; an image whose prompt asks for nothing that the judge knows has the score NaN.
     """
 
     epoch: int
@@ -50,6 +50,7 @@ class Evaluation:
     judge_accuracy: float
     diversity: float
     distance: float | None = None
+    distance_error: float = 0.0
 
     @property
     def reward(self) -> float:
@@ -76,7 +77,9 @@ class Evaluation:
             "judge_accuracy": self.judge_accuracy,
             "diversity": self.diversity,
         }
-        return figures if self.distance is None else {**figures, "distance": self.distance}
+        if self.distance is None:
+            return figures
+        return {**figures, "distance": self.distance, "distance_error": self.distance_error}
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ class Watch:
     An adapter is eligible that keeps at least `floor` of the untrained model's diversity and lies at most `ceiling`
     times as far from real images as the untrained model does (where distances are looked at). patience: evaluations in
     a row without a new best that all have the reward above and the judge below the best one's, or all lack diversity,
-    or all lie too far off, after which training stops. A judge's fall of up to `tolerance` standard errors counts as no
-    fall.
+    or all lie too far off, after which training stops. A judge's fall or a distance's excess of up to `tolerance`
+    standard errors counts as none: a tenth of a distance near 0 is less than chance moves it.
     """
 
     floor: float = 0.85
@@ -138,7 +141,8 @@ class Watch:
         untrained = self.history[0].distance
         if untrained is None or evaluation.distance is None:
             return True
-        return evaluation.distance <= untrained + (self.ceiling - 1) * abs(untrained)
+        excess = evaluation.distance - (untrained + (self.ceiling - 1) * abs(untrained))
+        return excess <= self.tolerance * evaluation.distance_error
 
     def _reason(self) -> str:
         recent = self.history[1:][-self.patience :]

@@ -60,6 +60,7 @@ def open_scorer(config: RlConfig, domain: Domain) -> Scorer:
         alignment=AlignmentNetwork.load(config.contrastive, config.device) if config.contrastive else None,
         aspects=domain.aspects,
         device=config.device,
+        timeout_s=config.reward_timeout_s,
     )
 
 
