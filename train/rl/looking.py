@@ -8,6 +8,7 @@ import torch
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
+from train import processes
 from train.evaluate.fidelity import kernel_distance
 from train.rl.drawing import Drawing
 from train.rl.prompts import PromptTable
@@ -64,10 +65,12 @@ class Looks:
         prompt_ids = np.repeat(self.prompts, config.evaluation_images)
         seeds = latent_seeds(config.seed, "rl-evaluation", 0, range(len(prompt_ids)))
         with drawing.policy.using(drawing.policy.behaviour if epoch else None):
-            images = drawing.images(drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps))
+            latents = drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps)
             distance = self._distance()
-        parsed = [drawing.table.parsed[i] for i in prompt_ids]
-        seen, opinion = self.scorer.rewarded(images, parsed, config.rollout_batch), self._opinion(images, parsed)
+        count, mine = len(prompt_ids), processes.share(len(prompt_ids))
+        images, parsed = drawing.images(latents[mine]), [drawing.table.parsed[i] for i in prompt_ids[mine]]
+        seen = self.scorer.rewarded(images, parsed, config.rollout_batch).gathered(count)
+        opinion = self._opinion(images, parsed).gathered(count)
         if not seen.valid.any() or not bool(opinion.score.isfinite().any()):
             raise ModelError("reward or judge knows nothing of what the evaluation prompts ask: check their heads")
         if epoch == 0:
@@ -87,8 +90,10 @@ class Looks:
             return None
         ids = np.arange(len(self.captions.prompts))
         seeds = latent_seeds(self.config.seed, "rl-captions", 0, ids.tolist())
-        images = self.drawing.images(self.drawing.sample(self.captions, ids, seeds, self.config.evaluation_steps))
-        drawn = self._opinion(images, self.captions.parsed).features.numpy()
+        latents = self.drawing.sample(self.captions, ids, seeds, self.config.evaluation_steps)
+        mine = processes.share(len(ids))
+        parsed = [self.captions.parsed[i] for i in mine]
+        drawn = self._opinion(self.drawing.images(latents[mine]), parsed).gathered(len(ids)).features.numpy()
         return float(kernel_distance(drawn, self.real.cpu().numpy(), seed=self.config.seed).value)
 
     def _opinion(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:

@@ -21,7 +21,7 @@ from medviz.rewards.alignment import AlignmentNetwork
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.composite import composite
-from train import seeding
+from train import processes, seeding
 from train.classifier import HALVES
 from train.config import parse
 from train.datasets.latents import split_latents
@@ -128,9 +128,11 @@ def open_real(config: RlConfig) -> RealImages:
 def main(arguments: list[str]) -> None:
     """`python -m train rl RECIPE [overrides]`."""
     config = parse(arguments, RlConfig)
+    processes.join(config.device)
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
     real = open_real(config) if config.fidelity_images else None
     scorer, judge = open_scorer(config, domain), open_judge(config)
     fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real), config)
+    processes.leave()
