@@ -16,6 +16,7 @@ from tqdm import tqdm
 from medviz.errors import ModelError
 from train import checkpoint, processes
 from train.config import StageConfig
+from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,10 @@ class Learner(Protocol):
         """Write the finished model and return the final metrics."""
 
 
-def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
+def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -> dict[str, Any] | None:
     """Run `learner` for `config.steps` updates and export it.
 
+    tracker: where it was opened already, so that the learner may show pictures on it.
 
     Returns the final metrics, or None when `max_minutes` ended the run early (its checkpoint is written, `--resume`
     goes on). Raises ModelError when `resume` finds no sound checkpoint, or when a fresh run would overwrite one.
@@ -57,11 +59,13 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
         raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
     began = saved = time.monotonic()
     sums: dict[str, list[float]] = defaultdict(list)
+    page = Tracker(config) if tracker is None else tracker
 
     def elapsed() -> float:
         return trained_s + time.monotonic() - began
 
     with (
+        page,
         (out / "metrics.jsonl" if main else Path(os.devnull)).open("a") as log,
         tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not main) as bar,
     ):
@@ -74,6 +78,7 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
                 sums.clear()
                 log.write(json.dumps({**means, "step": step + 1, "trained_s": round(elapsed(), 1)}) + "\n")
                 log.flush()
+                page.figures(step + 1, means)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()}, refresh=False)
             # Clocks differ: the main one decides for all. None gets a step ahead of another, so that no checkpoint
             # goes while it is still being read.

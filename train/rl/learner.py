@@ -34,6 +34,7 @@ from train.rl.replaying import Replayer
 from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
+from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,9 @@ class RlLearner:
         judge: Judge,
         anchor: Anchor | None = None,
         real: RealImages | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
-        """real: what evaluations are held against, or None."""
+        """real: what evaluations are held against, tracker: what is shown some of their images; or None."""
         check(config)
         if anchor is None and config.anchor_weight > 0:
             raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
@@ -80,8 +82,9 @@ class RlLearner:
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
-        held = (None, None) if real is None else (real.features, any_prompt_table(pipeline, domain, real.captions))
-        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), *held)
+        captions = None if real is None else any_prompt_table(pipeline, domain, real.captions)
+        features = None if real is None else real.features
+        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, captions, tracker)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
         self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
         self.best: dict[str, torch.Tensor] = {}

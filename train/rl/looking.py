@@ -16,6 +16,9 @@ from train.rl.recipe import RlConfig
 from train.rl.rollout import latent_seeds
 from train.rl.safeguards import Evaluation, Judge, Opinion, diversity
 from train.rl.scoring import Scorer
+from train.tracking import Tracker
+
+SHOWN = 8  # prompts on a tracker's sheet, a row each
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,11 @@ class Looks:
         validation: int,
         real: torch.Tensor | None = None,
         captions: PromptTable | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         """validation: how many of the table's prompts, from its first on, are the domain's own. real (M, F) and
-        captions: see :class:`RealImages`; both or neither. Raises InputError when there are too few of either to be a
-        distance apart."""
+        captions: see :class:`RealImages`; both or neither. tracker: is shown some of the images of each look. Raises
+        InputError when there are too few of either to be a distance apart."""
         if (real is None) != (captions is None):
             raise InputError("features of real images and captions of real images go together")
         if real is not None and (real.ndim != 2 or len(real) < 4):
@@ -52,7 +56,7 @@ class Looks:
         if captions is not None and len(captions.prompts) < 4:
             raise InputError(f"a distance needs at least 4 captions of real images, found {len(captions.prompts)}")
         self.config, self.drawing, self.scorer, self.judge = config, drawing, scorer, judge
-        self.real, self.captions = real, captions
+        self.real, self.captions, self.tracker = real, captions, tracker
         shown = min(config.evaluation_prompts, validation)
         self.prompts = np.linspace(0, validation - 1, shown).round().astype(int)
 
@@ -67,6 +71,9 @@ class Looks:
         with drawing.policy.using(drawing.policy.behaviour if epoch else None):
             latents = drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps)
             distance = self._distance()
+        if self.tracker:
+            shown = latents[: SHOWN * config.evaluation_images]
+            self.tracker.images(epoch, "look", drawing.images(shown), config.evaluation_images)
         count, mine = len(prompt_ids), processes.share(len(prompt_ids))
         images, parsed = drawing.images(latents[mine]), [drawing.table.parsed[i] for i in prompt_ids[mine]]
         seen = self.scorer.rewarded(images, parsed, config.rollout_batch).gathered(count)

@@ -34,6 +34,7 @@ from train.rl.looking import RealImages
 from train.rl.recipe import RlConfig, rewards_of
 from train.rl.safeguards import Anchor, Judge, Opinion
 from train.rl.scoring import Scorer
+from train.tracking import Tracker
 
 
 def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
@@ -129,10 +130,11 @@ def main(arguments: list[str]) -> None:
     """`python -m train rl RECIPE [overrides]`."""
     config = parse(arguments, RlConfig)
     processes.join(config.device)
+    tracker = Tracker(config)
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
     real = open_real(config) if config.fidelity_images else None
     scorer, judge = open_scorer(config, domain), open_judge(config)
-    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real), config)
+    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real, tracker), config, tracker)
     processes.leave()
