@@ -52,6 +52,19 @@ def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
     return pipeline.to(device)
 
 
+def spare_memory(config: RlConfig, pipeline: StableDiffusionPipeline) -> None:
+    """Turn on what the recipe spares memory by: the unet in bf16, checkpointed gradients, a decoder of slices."""
+    unet, vae = pipeline.unet, pipeline.vae
+    if config.bf16:
+        # Around the unet's own forward: guidance, the step and its log-probability are computed outside, in fp32.
+        unet.forward = torch.autocast(torch.device(config.device).type, torch.bfloat16)(unet.forward)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+    if config.vae_slicing:
+        vae.enable_slicing()
+
+
 def open_scorer(config: RlConfig, domain: Domain) -> Scorer:
     """The recipe's reward, with the networks that it names to look through."""
     return Scorer(
@@ -133,6 +146,7 @@ def main(arguments: list[str]) -> None:
     tracker = Tracker(config)
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
+    spare_memory(config, pipeline)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
     real = open_real(config) if config.fidelity_images else None
     scorer, judge = open_scorer(config, domain), open_judge(config)
