@@ -5,6 +5,7 @@ import logging
 import sys
 
 from medviz.errors import MedvizError
+from train import processes
 
 STAGES = {
     "autoencoder": ("train.autoencoder", "images to latents and back"),
@@ -21,6 +22,9 @@ STAGES = {
     "examples": ("train.examples", "stored pairs for the app's first screen, from the assembled models"),
     "report": ("train.evaluate.report", "tables of README and About from assets/reports"),
 }
+
+SHARED = {"rl"}
+"""Stages that several processes may run as one, see `train.processes`."""
 
 
 def usage() -> str:
@@ -44,6 +48,8 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"no stage {stage!r}; stages are {', '.join(STAGES)}\n")
         return 2
     try:
+        if stage not in SHARED:
+            processes.refuse_several(stage)
         importlib.import_module(STAGES[stage][0]).main(rest)
     except MedvizError as error:
         sys.stderr.write(f"{stage}: {error}\n")

@@ -33,6 +33,8 @@ class StageConfig:
     """Stop with a checkpoint after so many minutes (0: no limit); --resume goes on."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
+    tracker: str = ""
+    """tensorboard or trackio, which show what metrics.jsonl holds; empty: neither."""
 
 
 C = TypeVar("C", bound=StageConfig)

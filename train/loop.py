@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from medviz.errors import ModelError
-from train import checkpoint
+from train import checkpoint, processes
 from train.config import StageConfig
+from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -36,31 +37,37 @@ class Learner(Protocol):
         """Write the finished model and return the final metrics."""
 
 
-def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
+def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -> dict[str, Any] | None:
     """Run `learner` for `config.steps` updates and export it.
+
+    tracker: where it was opened already, so that the learner may show pictures on it.
 
     Returns the final metrics, or None when `max_minutes` ended the run early (its checkpoint is written, `--resume`
     goes on). Raises ModelError when `resume` finds no sound checkpoint, or when a fresh run would overwrite one.
+    Of several processes each updates its learner; the main one alone writes, and the others return None.
     """
-    out = Path(config.out)
+    out, main = Path(config.out), processes.is_main()
     out.mkdir(parents=True, exist_ok=True)
     start, trained_s = 0, 0.0
     if config.resume:
         start, state = checkpoint.load(out)
         trained_s = state.pop("trained_s")
         learner.load_state(state)
-        _forget_after(out / "metrics.jsonl", start)
+        if main:
+            _forget_after(out / "metrics.jsonl", start)
     elif checkpoint.steps(out):
         raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
     began = saved = time.monotonic()
     sums: dict[str, list[float]] = defaultdict(list)
+    page = Tracker(config) if tracker is None else tracker
 
     def elapsed() -> float:
         return trained_s + time.monotonic() - began
 
     with (
-        (out / "metrics.jsonl").open("a") as log,
-        tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar,
+        page,
+        (out / "metrics.jsonl" if main else Path(os.devnull)).open("a") as log,
+        tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not main) as bar,
     ):
         for step in range(start, config.steps):
             for name, figure in learner.update(step).items():
@@ -71,9 +78,13 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
                 sums.clear()
                 log.write(json.dumps({**means, "step": step + 1, "trained_s": round(elapsed(), 1)}) + "\n")
                 log.flush()
+                page.figures(step + 1, means)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()}, refresh=False)
-            over = config.max_minutes > 0 and time.monotonic() - began > 60 * config.max_minutes
-            if over or step + 1 == config.steps or time.monotonic() - saved > config.checkpoint_every_s:
+            # Clocks differ: the main one decides for all. None gets a step ahead of another, so that no checkpoint
+            # goes while it is still being read.
+            over = processes.from_main(config.max_minutes > 0 and time.monotonic() - began > 60 * config.max_minutes)
+            due = over or step + 1 == config.steps or time.monotonic() - saved > config.checkpoint_every_s
+            if main and due:
                 checkpoint.save(out, step + 1, {**learner.state(), "trained_s": elapsed()})
                 saved = time.monotonic()
             if over and step + 1 < config.steps:
@@ -84,6 +95,8 @@ def fit(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
                     config.max_minutes,
                 )
                 return None
+    if not main:
+        return None
     metrics = {
         **learner.export(out / "model"),
         "steps": config.steps,

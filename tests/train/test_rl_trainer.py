@@ -146,7 +146,7 @@ def test_recipes_are_read_and_hold_together(path):
     assert config.judge != config.reward
 
 
-def test_both_domains_have_both_presets():
+def test_both_domains_have_all_presets():
     assert {p.stem for p in RECIPES} == {
-        f"rl-{domain}-{preset}" for domain in ("dermatology", "radiology") for preset in ("cpu", "gpu")
+        f"rl-{domain}-{preset}" for domain in ("dermatology", "radiology") for preset in ("cpu", "gpu", "sd15")
     }

@@ -69,7 +69,7 @@ def split_latents(
                 bar.update(len(part))
     latents = torch.cat(encoded).unflatten(0, (variants, len(images)))
     cache.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".writing-{path.name}")
+    writing = path.with_name(f".{os.getpid()}-{path.name}")
     save_file({"latents": latents.contiguous()}, writing)
     os.replace(writing, path)
     return latents

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from medviz.generation.sampling import decode, sample
-from train import seeding
+from train import processes, seeding
 from train.rl.log_prob import DdimSchedule, deterministic_schedule, stochastic_schedule
 from train.rl.objectives import get_objective
 from train.rl.policy import Policy
@@ -29,7 +29,10 @@ def open_schedule(config: RlConfig, pipeline: StableDiffusionPipeline) -> DdimSc
 
 
 class Drawing:
-    """Draws latents and images by the behaviour adapter; a function of (seed, epoch, image number)."""
+    """Draws latents and images by the behaviour adapter; a function of (seed, epoch, image number).
+
+    Several processes draw their shares of the latents and hand them to each other.
+    """
 
     def __init__(
         self,
@@ -54,17 +57,19 @@ class Drawing:
         schedule = self.schedule_of(epoch)
         with self.policy.using(self.policy.behaviour):
             if schedule is not None:
-                return roll_out(
+                mine = processes.share(len(indices))
+                part = roll_out(
                     unet,
                     self.table,
-                    prompt_ids,
-                    indices,
+                    prompt_ids[mine],
+                    mine.tolist(),
                     schedule,
                     guidance_scale=config.guidance_scale,
                     seed=config.seed,
                     epoch=epoch,
                     batch=config.rollout_batch,
                 )
+                return part.gathered(prompt_ids)
             seeds = latent_seeds(config.seed, "rl-latents", epoch, indices)
             latents = self.sample(self.table, prompt_ids, seeds, config.rollout_steps)
         return Rollout(prompt_ids, tuple(indices), latents)
@@ -80,19 +85,19 @@ class Drawing:
     def sample(self, table: PromptTable, prompt_ids: np.ndarray, seeds: Sequence[int], steps: int) -> torch.Tensor:
         """Clean latents (N, C, h, w) of prompts of `table` by the shipped solver and whatever adapter is on,
         rollout_batch at a time."""
-        parts = []
-        for start in range(0, len(seeds), self.config.rollout_batch):
-            rows = slice(start, start + self.config.rollout_batch)
+        parts, mine = [], processes.share(len(seeds))
+        for start in range(0, len(mine), self.config.rollout_batch):
+            rows = mine[start : start + self.config.rollout_batch]
             latents = sample(
                 self.pipeline,
                 [table.prompts[i] for i in prompt_ids[rows]],
-                seeds[rows],
+                [seeds[i] for i in rows],
                 steps=steps,
                 guidance_scale=self.config.guidance_scale,
                 prompt_embeds=table.embeds(prompt_ids[rows]),
             )
             parts.append(latents.float().cpu())
-        return torch.cat(parts)
+        return processes.gather(torch.cat(parts), len(seeds))
 
     def images(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in [-1, 1] of `latents`, on the CPU."""

@@ -7,6 +7,7 @@ diversity and did not move away from real images, is the one exported.
 """
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 
 from medviz.domains.base import Domain
 from medviz.errors import InputError, ModelError
-from train import seeding
+from train import processes, seeding
 from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
@@ -33,6 +34,7 @@ from train.rl.replaying import Replayer
 from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
+from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,9 @@ class RlLearner:
         judge: Judge,
         anchor: Anchor | None = None,
         real: RealImages | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
-        """real: what evaluations are held against, or None."""
+        """real: what evaluations are held against, tracker: what is shown some of their images; or None."""
         check(config)
         if anchor is None and config.anchor_weight > 0:
             raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
@@ -79,15 +82,23 @@ class RlLearner:
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
-        held = (None, None) if real is None else (real.features, any_prompt_table(pipeline, domain, real.captions))
-        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), *held)
+        captions = None if real is None else any_prompt_table(pipeline, domain, real.captions)
+        features = None if real is None else real.features
+        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, captions, tracker)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
         self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
         self.best: dict[str, torch.Tensor] = {}
         self.failures = 0
         self.forwards: dict[str, int] = defaultdict(int)
-        self._phase = "other"
+        self._seen = {"all": 0, "with gradient": 0}
         pipeline.unet.register_forward_hook(self._count)
+        processes.check_enough(
+            [
+                ("images an epoch", config.prompts_per_epoch * config.images_per_prompt),
+                ("images a look", len(self.looks.prompts) * config.evaluation_images),
+                *([] if real is None else [("captions of real images", len(real.captions))]),
+            ]
+        )
 
     def _policy(self) -> Policy:
         config, unet = self.config, self.pipeline.unet
@@ -105,16 +116,17 @@ class RlLearner:
         )
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:
-        self.forwards[self._phase] += len(arguments[0])
-        self.forwards["with gradient"] += len(arguments[0]) if torch.is_grad_enabled() else 0
+        self._seen["all"] += len(arguments[0])
+        self._seen["with gradient"] += len(arguments[0]) if torch.is_grad_enabled() else 0
 
     @contextmanager
     def _counted(self, phase: str) -> Iterator[None]:
-        self._phase, before = phase, self._phase
-        try:
-            yield
-        finally:
-            self._phase = before
+        """Count what passes through the unet inside, of all processes together, as `phase`."""
+        self._seen = dict.fromkeys(self._seen, 0)
+        yield
+        seen = processes.total(self._seen)
+        self.forwards[phase] += round(seen["all"])
+        self.forwards["with gradient"] += round(seen["with gradient"])
 
     def update(self, step: int) -> dict[str, float]:
         """Epoch `step`: roll out, reward, learn; the judge looks every `evaluate_every` epochs and before the first.
@@ -144,8 +156,10 @@ class RlLearner:
 
     def rewarded(self, rollout: Rollout) -> Rewarded:
         """The reward of every image of `rollout`; failures are counted. Raises ModelError when none has a reward."""
-        parsed = [self.table.parsed[i] for i in rollout.prompt_ids]
-        seen = self.scorer.rewarded(self.drawing.images(rollout.latents), parsed, self.config.rollout_batch)
+        count, mine = len(rollout.prompt_ids), processes.share(len(rollout.prompt_ids))
+        parsed = [self.table.parsed[i] for i in rollout.prompt_ids[mine]]
+        images = self.drawing.images(rollout.latents[mine])
+        seen = self.scorer.rewarded(images, parsed, self.config.rollout_batch).gathered(count)
         self.failures += int((~seen.valid).sum())
         if not seen.valid.any():
             raise ModelError(
@@ -164,8 +178,7 @@ class RlLearner:
         sums: dict[str, list[float]] = defaultdict(list)
         for update, mine in enumerate(part for part in np.array_split(rows, config.updates) if len(part)):
             self.optimizer.zero_grad(set_to_none=True)
-            with self._counted("replay"):
-                figures = self.accumulate(step, rollout, advantages.values, mine)
+            figures = self.accumulate(step, rollout, advantages.values, mine)
             if update == 0 and abs(figures.get("ratio_deviation", 0.0)) > RATIO_TOLERANCE:
                 raise ModelError(
                     f"the replay's ratio is off by {figures['ratio_deviation']:.2g} before any update, allowed is "
@@ -176,6 +189,7 @@ class RlLearner:
                     figures["anchor"] = self.anchor.accumulate(
                         self.pipeline.unet, step * config.updates + update, config.anchor_batch, config.anchor_weight
                     )
+            processes.sum_gradients(self.policy.parameters())
             norm = torch.nn.utils.clip_grad_norm_(
                 self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
             )
@@ -194,25 +208,33 @@ class RlLearner:
         """Add the gradient of the mean loss over `rows` and their timesteps of this epoch to the trained weights.
 
         Goes through `rows` micro_batch at a time, each part weighted by its size: the gradient does not depend on it.
+        Several processes share `rows`: each adds its part of the gradient, and the figures are those of all.
         """
         figures: dict[str, float] = defaultdict(float)
         passes = self.replayer.passes(step, rollout)
-        for name, replay in passes.items():
-            for start in range(0, len(rows), self.config.micro_batch):
-                part = rows[start : start + self.config.micro_batch]
-                weight = len(part) / len(rows)
-                losses = replay(part, rollout, torch.from_numpy(advantages[part]).to(self.table.cond.device))
-                (losses.loss.mean() * weight / len(passes)).backward()
-                figures["loss"] += losses.loss.detach().mean().item() * weight / len(passes)
-                for key, values in losses.figures.items():
-                    figures[key] += values.mean().item() * weight / len(passes)
-                if "ratio" in losses.figures:
-                    deviation = (losses.figures["ratio"] - 1).abs()
-                    figures["ratio_deviation"] = max(figures["ratio_deviation"], deviation.max().item())
-                    figures[f"ratio_deviation/{name}"] += deviation.mean().item() * weight
-                    figures[f"ratio/{name}"] += losses.figures["ratio"].mean().item() * weight
-                    figures[f"clip_fraction/{name}"] += losses.figures["clip_fraction"].mean().item() * weight
-        return dict(figures)
+        mine = rows[processes.share(len(rows))]
+        # A process that is left without rows replays the first at no weight: all have the same things to add up.
+        mine, size = (mine, len(rows)) if len(mine) else (rows[:1], math.inf)
+        with self._counted("replay"):
+            for name, replay in passes.items():
+                for start in range(0, len(mine), self.config.micro_batch):
+                    part = mine[start : start + self.config.micro_batch]
+                    weight = len(part) / size
+                    losses = replay(part, rollout, torch.from_numpy(advantages[part]).to(self.table.cond.device))
+                    (losses.loss.mean() * weight / len(passes)).backward()
+                    figures["loss"] += losses.loss.detach().mean().item() * weight / len(passes)
+                    for key, values in losses.figures.items():
+                        figures[key] += values.mean().item() * weight / len(passes)
+                    if "ratio" in losses.figures:
+                        deviation = (losses.figures["ratio"] - 1).abs()
+                        figures["ratio_deviation"] = max(figures["ratio_deviation"], deviation.max().item())
+                        figures[f"ratio_deviation/{name}"] += deviation.mean().item() * weight
+                        figures[f"ratio/{name}"] += losses.figures["ratio"].mean().item() * weight
+                        figures[f"clip_fraction/{name}"] += losses.figures["clip_fraction"].mean().item() * weight
+        summed = processes.total(figures)
+        if "ratio_deviation" in figures:
+            summed["ratio_deviation"] = processes.greatest(figures["ratio_deviation"])
+        return summed
 
     def _look(self, epoch: int) -> dict[str, float]:
         """Show the fixed prompts and seeds to reward and judge; keep the adapter if it is the best so far."""

@@ -8,6 +8,7 @@ import torch
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
+from train import processes
 from train.evaluate.fidelity import kernel_distance, kernel_distance_change
 from train.rl.drawing import Drawing
 from train.rl.prompts import PromptTable
@@ -15,6 +16,9 @@ from train.rl.recipe import RlConfig
 from train.rl.rollout import latent_seeds
 from train.rl.safeguards import Evaluation, Judge, Opinion, diversity
 from train.rl.scoring import Scorer
+from train.tracking import Tracker
+
+SHOWN = 8  # prompts on a tracker's sheet, a row each
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ class Looks:
         validation: int,
         real: torch.Tensor | None = None,
         captions: PromptTable | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         """validation: how many of the table's prompts, from its first on, are the domain's own. real (M, F) and
-        captions: see :class:`RealImages`; both or neither. Raises InputError when there are too few of either to be a
-        distance apart."""
+        captions: see :class:`RealImages`; both or neither. tracker: is shown some of the images of each look. Raises
+        InputError when there are too few of either to be a distance apart."""
         if (real is None) != (captions is None):
             raise InputError("features of real images and captions of real images go together")
         if real is not None and (real.ndim != 2 or len(real) < 4):
@@ -51,7 +56,7 @@ class Looks:
         if captions is not None and len(captions.prompts) < 4:
             raise InputError(f"a distance needs at least 4 captions of real images, found {len(captions.prompts)}")
         self.config, self.drawing, self.scorer, self.judge = config, drawing, scorer, judge
-        self.real, self.captions = real, captions
+        self.real, self.captions, self.tracker = real, captions, tracker
         self._untrained: np.ndarray | None = None
         shown = min(config.evaluation_prompts, validation)
         self.prompts = np.linspace(0, validation - 1, shown).round().astype(int)
@@ -65,11 +70,16 @@ class Looks:
         prompt_ids = np.repeat(self.prompts, config.evaluation_images)
         seeds = latent_seeds(config.seed, "rl-evaluation", 0, range(len(prompt_ids)))
         with drawing.policy.using(drawing.policy.behaviour if epoch else None):
-            images = drawing.images(drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps))
+            latents = drawing.sample(drawing.table, prompt_ids, seeds, config.evaluation_steps)
             drawn = self._of_captions()
         distance, error = self._distance(drawn, epoch)
-        parsed = [drawing.table.parsed[i] for i in prompt_ids]
-        seen, opinion = self.scorer.rewarded(images, parsed, config.rollout_batch), self._opinion(images, parsed)
+        if self.tracker:
+            shown = latents[: SHOWN * config.evaluation_images]
+            self.tracker.images(epoch, "look", drawing.images(shown), config.evaluation_images)
+        count, mine = len(prompt_ids), processes.share(len(prompt_ids))
+        images, parsed = drawing.images(latents[mine]), [drawing.table.parsed[i] for i in prompt_ids[mine]]
+        seen = self.scorer.rewarded(images, parsed, config.rollout_batch).gathered(count)
+        opinion = self._opinion(images, parsed).gathered(count)
         if not seen.valid.any() or not bool(opinion.score.isfinite().any()):
             raise ModelError("reward or judge knows nothing of what the evaluation prompts ask: check their heads")
         if epoch == 0:
@@ -91,8 +101,10 @@ class Looks:
             return None
         ids = np.arange(len(self.captions.prompts))
         seeds = latent_seeds(self.config.seed, "rl-captions", 0, ids.tolist())
-        images = self.drawing.images(self.drawing.sample(self.captions, ids, seeds, self.config.evaluation_steps))
-        return self._opinion(images, self.captions.parsed).features.numpy()
+        latents = self.drawing.sample(self.captions, ids, seeds, self.config.evaluation_steps)
+        mine = processes.share(len(ids))
+        parsed = [self.captions.parsed[i] for i in mine]
+        return self._opinion(self.drawing.images(latents[mine]), parsed).gathered(len(ids)).features.numpy()
 
     def _distance(self, drawn: np.ndarray | None, epoch: int) -> tuple[float | None, float]:
         """How far `drawn` lies from the real images, and the standard error of its change since the untrained model."""

@@ -99,6 +99,12 @@ class RlConfig(StageConfig):
     lora_alpha: float = 16.0
     lora_convolutions: bool = False
     """LoRA on the residual blocks' convolutions as well."""
+    bf16: bool = False
+    """The UNet's passes in bf16 by autocast; weights, optimiser, losses and log-probs stay fp32."""
+    gradient_checkpointing: bool = False
+    """Compute activations of UNet and decoder again for the backward pass instead of keeping them."""
+    vae_slicing: bool = False
+    """Decode one image at a time."""
 
     clip_range: float = 2e-4
     """Of the ratio in ddpo and grpo. A log-prob is a mean over elements, so smaller latents want a wider range."""

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import decode_latents, noise_pred
-from train import seeding
+from train import processes, seeding
 from train.rl.log_prob import DdimSchedule
 from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
 from train.rl.policy import Policy
@@ -82,8 +82,12 @@ class Replayer:
 
         Looks only: no gradient. At one noise level an image, spread over all of them.
         """
-        rows = np.arange(min(self.config.micro_batch, len(rollout.indices)))
-        places = (rows + 0.5) / len(rows)
+        count = min(self.config.micro_batch, len(rollout.indices))
+        rows = processes.share(count)
+        mean = self._drift(epoch, rollout, rows, (rows + 0.5) / count) if len(rows) else 0.0
+        return processes.total({"drift": mean * len(rows) / count})["drift"]
+
+    def _drift(self, epoch: int, rollout: Rollout, rows: np.ndarray, places: np.ndarray) -> float:
         noisy, timesteps, _ = self._noise_again(rollout, rows, places, "rl-drift", epoch)
         embeds = self.table.embeds(rollout.prompt_ids[rows])
         predict = partial(noise_pred, self.pipeline.unet, noisy, timesteps, embeds, 1.0)

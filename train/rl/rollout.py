@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from medviz.errors import InputError
 from medviz.generation.sampling import PromptEmbeds, initial_latents, noise_pred
-from train import seeding
+from train import processes, seeding
 from train.rl.log_prob import DdimSchedule, DdimStep, ddim_step, deterministic_step
 from train.rl.prompts import PromptTable
 
@@ -36,6 +36,14 @@ class Rollout:
     chain: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     weighed: tuple[int, ...] = ()
+
+    def gathered(self, prompt_ids: np.ndarray) -> "Rollout":
+        """The images of all of an epoch's `prompt_ids`, of which each process drew its share by DDIM."""
+        if self.chain is None or self.log_probs is None:
+            raise InputError("this rollout kept no chain: there is nothing to put together")
+        count = len(prompt_ids)
+        chain, log_probs = processes.gather(self.chain, count), processes.gather(self.log_probs, count)
+        return Rollout(prompt_ids, tuple(range(count)), chain[:, -1], chain, log_probs, self.weighed)
 
     def at(self, rows: np.ndarray, index: int) -> torch.Tensor:
         """The latents (B, C, h, w) of `rows` before step `index`. InputError where no chain was kept."""

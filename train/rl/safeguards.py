@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError
-from train import seeding
+from train import processes, seeding
 from train.diffusion import denoising_loss
 
 
@@ -27,6 +27,10 @@ class Opinion:
     score: torch.Tensor
     accuracy: torch.Tensor
     features: torch.Tensor
+
+    def gathered(self, count: int) -> "Opinion":
+        """The view of all `count` images, of which each process saw its share."""
+        return Opinion(*(processes.gather(part, count) for part in (self.score, self.accuracy, self.features)))
 
 
 Judge = Callable[[torch.Tensor, Sequence[ParsedPrompt]], Opinion]
@@ -213,19 +217,28 @@ class Anchor:
     min_snr_gamma: float = 5.0
 
     def accumulate(self, unet: UNet2DConditionModel, update: int, batch: int, weight: float) -> float:
-        """Add the gradient of `weight` times the mean loss of the batch of `update`; returns that mean."""
+        """Add the gradient of `weight` times the mean loss of the batch of `update`; returns that mean.
+
+        Several processes share the batch: each adds what its samples give to the gradient of the whole mean.
+        """
+        mine = processes.share(batch)
+        mean = self._share(unet, update, batch, mine, weight * len(mine) / batch) if len(mine) else 0.0
+        return processes.total({"loss": mean * len(mine) / batch})["loss"]
+
+    def _share(self, unet: UNet2DConditionModel, update: int, batch: int, mine: np.ndarray, weight: float) -> float:
+        """The gradient of `weight` times the mean loss of the samples `mine` of a batch; returns that mean."""
         chosen = seeding.batch_indices(self.latents.shape[1], batch, update, self.seed, "rl-anchor", self.weights)
         captions, clean = [], []
-        for j, i in enumerate(chosen):
-            rng = random.Random(seeding.key(self.seed, "rl-anchor-caption", update, j))
+        for j in mine.tolist():
+            i, rng = chosen[j], random.Random(seeding.key(self.seed, "rl-anchor-caption", update, j))
             captions.append("" if rng.random() < self.caption_dropout else self.caption(int(i), rng))
             clean.append(self.latents[rng.randrange(len(self.latents)), int(i)])
         latents = torch.stack(clean).to(unet.device, torch.float32)
-        noise = seeding.normal(tuple(latents.shape[1:]), self.seed, "rl-anchor-noise", update, list(range(batch))).to(
+        noise = seeding.normal(tuple(latents.shape[1:]), self.seed, "rl-anchor-noise", update, mine.tolist()).to(
             latents
         )
         offset = seeding.numpy_generator(self.seed, "rl-anchor-timesteps", update).random()
-        places = (np.arange(batch) + offset) / batch * self.schedule.config.num_train_timesteps
+        places = (mine + offset) / batch * self.schedule.config.num_train_timesteps
         timesteps = torch.from_numpy(places.astype(np.int64)).to(unet.device)
         with torch.no_grad():
             embeds = self.embed(captions)

@@ -12,6 +12,7 @@ from medviz.errors import InputError
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.composite import Composite
 from medviz.rewards.registry import STEPPED, AnatomyNetwork, Drawn, SafeRewards, TextImageNetwork, safe_rewards
+from train import processes
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Seen:
 
     parts: dict[str, torch.Tensor]
     valid: np.ndarray
+
+    def gathered(self, count: int) -> "Seen":
+        """The rewards of all `count` images, of which each process saw its share."""
+        parts = {name: processes.gather(part, count) for name, part in self.parts.items()}
+        return Seen(parts, processes.gather(torch.from_numpy(self.valid), count).numpy())
 
 
 class Scorer:

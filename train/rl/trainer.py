@@ -21,7 +21,7 @@ from medviz.rewards.alignment import AlignmentNetwork
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.composite import composite
-from train import seeding
+from train import processes, seeding
 from train.classifier import HALVES
 from train.config import parse
 from train.datasets.latents import split_latents
@@ -34,6 +34,7 @@ from train.rl.looking import RealImages
 from train.rl.recipe import RlConfig, rewards_of
 from train.rl.safeguards import Anchor, Judge, Opinion
 from train.rl.scoring import Scorer
+from train.tracking import Tracker
 
 
 def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
@@ -49,6 +50,19 @@ def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
     # Channels last: a sixth faster on a CPU.
     pipeline.unet.to(memory_format=torch.channels_last)
     return pipeline.to(device)
+
+
+def spare_memory(config: RlConfig, pipeline: StableDiffusionPipeline) -> None:
+    """Turn on what the recipe spares memory by: the unet in bf16, checkpointed gradients, a decoder of slices."""
+    unet, vae = pipeline.unet, pipeline.vae
+    if config.bf16:
+        # Around the unet's own forward: guidance, the step and its log-probability are computed outside, in fp32.
+        unet.forward = torch.autocast(torch.device(config.device).type, torch.bfloat16)(unet.forward)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+    if config.vae_slicing:
+        vae.enable_slicing()
 
 
 def open_scorer(config: RlConfig, domain: Domain) -> Scorer:
@@ -129,9 +143,13 @@ def open_real(config: RlConfig) -> RealImages:
 def main(arguments: list[str]) -> None:
     """`python -m train rl RECIPE [overrides]`."""
     config = parse(arguments, RlConfig)
+    processes.join(config.device)
+    tracker = Tracker(config)
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
+    spare_memory(config, pipeline)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
     real = open_real(config) if config.fidelity_images else None
     scorer, judge = open_scorer(config, domain), open_judge(config)
-    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real), config)
+    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real, tracker), config, tracker)
+    processes.leave()
