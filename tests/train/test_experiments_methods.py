@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torchmetrics.functional.classification import binary_calibration_error
 
 from medviz.domains import get_domain
@@ -24,6 +26,7 @@ from train.experiments.measured import calibration_sums, likeliest_is_asked, per
 from train.experiments.methods import MethodsConfig, plan, queries, run, train
 from train.experiments.methods_report import Run, curve, figures
 from train.experiments.pieces import piece
+from train.rl.learner import RlLearner
 from train.rl.recipe import RlConfig
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -230,6 +233,26 @@ def test_a_run_of_the_real_trainer_keeps_the_newest_adapter_and_logs_its_cost(tm
     before = (Path(wanted.out) / "metrics.json").stat().st_mtime_ns
     train(wanted)
     assert (Path(wanted.out) / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_the_newest_adapter_is_exported_whatever_the_judge_chose(tmp_path: Path, models: Path) -> None:
+    wanted = plan(config_for(tmp_path, models))["forward"][0]
+    domain = get_domain("dermatology")
+    scorer, judge = methods.trainer.open_scorer(wanted, domain), methods.trainer.open_judge(wanted)
+    learner = RlLearner(wanted, methods.trainer.open_pipeline(wanted.base, "cpu"), domain, scorer, judge)
+    learner.update(0)
+    chosen = learner.watch.history[-1]
+    learner.watch.best = chosen
+    learner.best = {name: torch.zeros_like(w) for name, w in learner.policy.weights(learner.policy.behaviour).items()}
+    found = {}
+    for keep in ("newest", "best"):
+        learner.config = replace(wanted, keep=keep)
+        metrics = learner.export(tmp_path / keep)
+        weights = load_file(tmp_path / keep / "pytorch_lora_weights.safetensors")
+        found[keep] = metrics["kept_epoch"], any(bool(weight.any()) for weight in weights.values())
+    assert found == {"newest": (None, True), "best": (chosen.epoch, False)}
+    with pytest.raises(InputError, match="no keep 'all'"):
+        methods.check(replace(wanted, keep="all"))
 
 
 def hand_made(values: list[float | None], excess: float = 0.0) -> dict[str, Any]:
