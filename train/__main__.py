@@ -16,6 +16,8 @@ STAGES = {
     "anatomy_prompts": ("train.anatomy_prompts", "words of places learn to look at their place"),
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
     "evaluate": ("train.evaluate", "fidelity, alignment, diversity, memorisation; contact sheets"),
+    "methods": ("train.experiments.methods", "reinforcement learning methods side by side, at one budget"),
+    "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
     "bench": ("train.benchmarks", "side-by-side measurements"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),

@@ -86,16 +86,23 @@ def auroc(scores: np.ndarray, truth: np.ndarray) -> float | None:
 def auroc_interval(
     scores: np.ndarray, truth: np.ndarray, groups: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of the AUROC, drawn by group (lesion, patient); None where a class is missing.
-
-    All resamples at once: a resample is a number of times each image counts, and the area is the share of pairs in
-    which the positive image scores higher, ties counting half.
-    """
+    """95 % percentile bootstrap interval of the AUROC, drawn by group (lesion, patient); None without both classes."""
     if truth.all() or not truth.any():
         return None
     names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rng = seeding.numpy_generator(seed, "auroc-bootstrap")
     times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)[:, group].astype(float)
+    areas = weighted_auroc(scores, truth, times)
+    low, high = np.quantile(areas[np.isfinite(areas)], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def weighted_auroc(scores: np.ndarray, truth: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """AUROC of R resamples at once (R,), NaN where one has no positive or no negative image.
+
+    scores (N,), truth bool (N,), times float (R, N): how often each image counts. The area is the share of pairs in
+    which the positive image scores higher, ties counting half.
+    """
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) > 0]))
     times, hits = times[:, order], truth[order]
@@ -103,9 +110,8 @@ def auroc_interval(
     negatives = np.add.reduceat(times * ~hits, starts, axis=1)
     below = np.cumsum(negatives, axis=1) - negatives / 2
     pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    areas = (positives * below).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(areas, [0.025, 0.975])
-    return float(low), float(high)
+    won = (positives * below).sum(axis=1)
+    return np.divide(won, pairs, out=np.full(len(times), np.nan), where=pairs > 0)
 
 
 def auroc_within_sources(

@@ -227,8 +227,12 @@ def _check_loaded(name: str, allowed: Collection[str]) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not NAME_PATTERN.fullmatch(name) or name == "none":
-        raise InputError(f"{name!r} cannot be an adapter's name; allowed: {NAME_PATTERN.pattern}, but not 'none'")
+    # PEFT keeps adapters as attributes of torch modules, which have attributes of their own.
+    if not NAME_PATTERN.fullmatch(name) or name == "none" or hasattr(torch.nn.ModuleDict, name):
+        raise InputError(
+            f"{name!r} cannot be an adapter's name; allowed: {NAME_PATTERN.pattern}, but not 'none', nor a name that "
+            "torch's modules have, such as 'forward' or 'train'"
+        )
 
 
 def _tuner_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:

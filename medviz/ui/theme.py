@@ -43,6 +43,7 @@ def theme() -> gr.Theme:
 
 CSS = """
 #mv-tables td { overflow-wrap: normal; word-break: normal; }
+#mv-tables table { display: block; overflow-x: auto; }
 .gradio-container { max-width: 1360px !important; }
 #mv-title h1 { font-size: 1.45rem; font-weight: 600; margin: 0; }
 #mv-title p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }

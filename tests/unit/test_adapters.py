@@ -180,7 +180,7 @@ def test_adapters_of_an_unknown_kind_or_without_weights_are_refused(tmp_path: Pa
         load_lora(unet, tmp_path, "first")
 
 
-@pytest.mark.parametrize("name", ["none", "", "A", "a.b", "a/b", "x" * 49])
+@pytest.mark.parametrize("name", ["none", "forward", "", "A", "a.b", "a/b", "x" * 49])
 def test_names_that_could_mean_something_else_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="cannot be an adapter's name"):
         load_lora(tiny.make_unet(), tmp_path, name)

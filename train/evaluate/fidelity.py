@@ -26,7 +26,7 @@ def kernel_distance(
     constant means the same in every feature space. The value may be slightly negative where the sets are alike.
     Raises ValueError when a set has fewer than 4 images or the widths differ.
     """
-    value, halves = _distance_and_halves(generated, reference, seed, half_samples)
+    value, halves = distance_and_halves(generated, reference, seed=seed, half_samples=half_samples)
     return half_sample_interval(value, halves, n=len(generated))
 
 
@@ -44,8 +44,8 @@ def kernel_distance_change(
     """
     if len(aligned) != len(baseline):
         raise ValueError(f"pairs need equal numbers of images, found {len(aligned)} and {len(baseline)}")
-    after, after_halves = _distance_and_halves(aligned, reference, seed, half_samples)
-    before, before_halves = _distance_and_halves(baseline, reference, seed, half_samples)
+    after, after_halves = distance_and_halves(aligned, reference, seed=seed, half_samples=half_samples)
+    before, before_halves = distance_and_halves(baseline, reference, seed=seed, half_samples=half_samples)
     return half_sample_interval(after - before, after_halves - before_halves, n=len(aligned))
 
 
@@ -73,9 +73,13 @@ class _AsGiven(torch.nn.Module):
         return features
 
 
-def _distance_and_halves(
-    generated: np.ndarray, reference: np.ndarray, seed: int, half_samples: int
+def distance_and_halves(
+    generated: np.ndarray, reference: np.ndarray, *, seed: int = 0, half_samples: int = HALF_SAMPLES
 ) -> tuple[float, np.ndarray]:
+    """The value of :func:`kernel_distance` and its values (half_samples,) on random halves of both sets.
+
+    Which halves depends on the seed and the sizes alone: sets drawn from the same prompts are read on the same halves.
+    """
     _check(generated, reference, at_least=4)
     scale = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
     if scale == 0.0:

@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from train.evaluate.statistics import Estimate
 
-Group = Literal["alignment", "fidelity", "diversity", "memorisation", "grounding", "quality"]
+Group = Literal[
+    "alignment",
+    "calibration",
+    "fidelity",
+    "diversity",
+    "memorisation",
+    "grounding",
+    "quality",
+    "classification",
+    "cost",
+]
 Change = Literal["difference", "ratio"]
 
 

@@ -64,14 +64,61 @@ def tables(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def section(report: Mapping[str, Any]) -> str:
-    """One report as a heading, what it rests on, and the table of its headline figures for its default adapter."""
+    """One report as a heading, what it rests on, and its headline figures: for its default adapter or, where it
+    compares several arms, for all of them."""
+    if report.get("arms"):
+        return "\n".join([f"### {_heading(report)}", "", _basis(report), *_arm_tables(report)])
     adapter = report.get("default_adapter")
     changed = "aligned" if adapter is None else f"aligned (`{adapter}`)"
     header = ("Figure", "real images", "baseline", changed, "change", "n")
     rows = [_row(figure, adapter) for figure in report["figures"] if figure.get("headline")]
     lines = [_line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
+    return "\n".join([f"### {_heading(report)}", "", _basis(report), "", *lines])
+
+
+def _heading(report: Mapping[str, Any]) -> str:
     title = report.get("title") or f"{report.get('domain', '')} {report.get('kind', '')}".strip().capitalize()
-    return "\n".join([f"### {_text(title)}", "", _basis(report), "", *lines])
+    return _text(title)
+
+
+def _arm_tables(report: Mapping[str, Any]) -> list[str]:
+    """Lines of one table a group of headline figures, with all arms; the others are held against the first.
+
+    `rows` of the report says whether arms or figures are the rows.
+    """
+    shown = [figure for figure in report["figures"] if figure.get("headline")]
+    lines: list[str] = []
+    for group in dict.fromkeys(figure["group"] for figure in shown):
+        figures = [figure for figure in shown if figure["group"] == group]
+        with_real = any(figure.get("real") is not None for figure in figures)
+        names = [*(["real images"] if with_real else []), *(_text(arm["label"]) for arm in report["arms"])]
+        cells = [_arm_cells(figure, report["arms"], with_real) for figure in figures]
+        labels = [_text(figure["label"]) + _better(figure) for figure in figures]
+        if report.get("rows") == "arms":
+            header = [
+                str(group).capitalize(),
+                *(f"{label}, n {_n(f)}" for label, f in zip(labels, figures, strict=True)),
+            ]
+            rows = [[name, *column] for name, column in zip(names, zip(*cells, strict=True), strict=True)]
+        else:
+            header = [str(group).capitalize(), *names, "n"]
+            rows = [[label, *row, _n(f)] for label, row, f in zip(labels, cells, figures, strict=True)]
+        lines += ["", _line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
+    return lines
+
+
+def _arm_cells(figure: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], with_real: bool) -> list[str]:
+    """A figure for real images (where the table has them), for the first arm, and for the others with their change."""
+    real = "" if figure.get("real") is None else estimate_text(figure["real"])
+    cells = [*([real] if with_real else []), estimate_text(figure.get("baseline"))]
+    for arm in arms[1:]:
+        mine = figure.get("adapters", {}).get(arm["name"]) or {}
+        value, change = estimate_text(mine.get("value")), estimate_text(mine.get("change"))
+        if figure.get("change_kind") == "ratio" and change != NOT_COMPUTED:
+            change = f"× {change}"
+        # A figure such as a cost has no change to speak of: null in the report, and nothing in the cell.
+        cells.append(value if mine.get("change") is None else f"{value}; Δ {change}")
+    return cells
 
 
 def _basis(report: Mapping[str, Any]) -> str:
@@ -81,13 +128,12 @@ def _basis(report: Mapping[str, Any]) -> str:
         parts.append(", ".join(f"{_text(name).replace('_', ' ')} {_text(value)}" for name, value in settings.items()))
     digest = report.get("models", {}).get("sha256")
     parts.append(f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`")
-    parts.append("brackets hold 95 % intervals, changes are paired by prompt and seed")
+    parts.append(_text(report.get("intervals", "brackets hold 95 % intervals, changes are paired by prompt and seed")))
     return "; ".join(parts) + "."
 
 
 def _row(figure: Mapping[str, Any], adapter: str | None) -> tuple[str, ...]:
     mine = figure.get("adapters", {}).get(adapter) or {}
-    better = "" if figure.get("higher_is_better") is None else " ↑" if figure["higher_is_better"] else " ↓"
     n = (figure.get("baseline") or mine.get("value") or {}).get("n")
     change = estimate_text(mine.get("change"))
     if figure.get("change_kind") == "ratio" and change != NOT_COMPUTED:
@@ -95,7 +141,25 @@ def _row(figure: Mapping[str, Any], adapter: str | None) -> tuple[str, ...]:
     # Where no real image could have such a figure (a grid prompt has no photograph), the cell is empty, not missing.
     real = "" if figure.get("real") is None else estimate_text(figure["real"])
     baseline, aligned = estimate_text(figure.get("baseline")), estimate_text(mine.get("value"))
-    return (_text(figure["label"]) + better, real, baseline, aligned, change, NOT_COMPUTED if n is None else str(n))
+    return (
+        _text(figure["label"]) + _better(figure),
+        real,
+        baseline,
+        aligned,
+        change,
+        NOT_COMPUTED if n is None else str(n),
+    )
+
+
+def _better(figure: Mapping[str, Any]) -> str:
+    return "" if figure.get("higher_is_better") is None else " ↑" if figure["higher_is_better"] else " ↓"
+
+
+def _n(figure: Mapping[str, Any]) -> str:
+    """The n of the first arm that has one, else of the others."""
+    estimates = [figure.get("baseline"), *(arm.get("value") for arm in figure.get("adapters", {}).values())]
+    found = [estimate["n"] for estimate in estimates if estimate and estimate.get("n")]
+    return str(found[0]) if found else NOT_COMPUTED
 
 
 def estimate_text(estimate: Mapping[str, Any] | None) -> str:

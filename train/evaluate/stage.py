@@ -199,7 +199,7 @@ def _alignment(
 ) -> list[Figure]:
     once = {prompt: domain.parse(prompt) for prompt in dict.fromkeys(request.prompts)}
     parsed = [once[prompt] for prompt in request.prompts]
-    read = {name: _read(classifier, images, parsed, config.device) for name, images in pictures.items()}
+    read = {name: readings(classifier, images, parsed, config.device) for name, images in pictures.items()}
     return alignment_figures(
         role,
         kind,
@@ -208,12 +208,15 @@ def _alignment(
         classifier.thresholds,
         [prompt.targets for prompt in parsed],
         read,
-        real=_read(classifier, real.prompted, parsed, config.device) if kind == "captions" else None,
+        real=readings(classifier, real.prompted, parsed, config.device) if kind == "captions" else None,
         subset=config.apr_heads,
     )
 
 
-def _read(classifier: AttributeClassifier, images: np.ndarray, parsed: Sequence[ParsedPrompt], device: str) -> Readings:
+def readings(
+    classifier: AttributeClassifier, images: np.ndarray, parsed: Sequence[ParsedPrompt], device: str
+) -> Readings:
+    """What `classifier` says of images uint8 (N, H, W, 3), each beside what its prompt asks for."""
     targets, mask = prompt_targets(parsed, classifier.heads)
     probabilities, margins = [], []
     with torch.inference_mode():
@@ -246,7 +249,7 @@ def _in_space(
     figures = fidelity_figures(space.name, space.description, reference, prompted, of_captions)
     figures.append(diversity_figure(space.name, space.description, grid.prompts, of_grid, headline=independent))
     if independent:
-        training = _training_features(config, space, size_px)
+        training = training_features(config.domain, space, size_px, config.training_images, config.device)
         everything = {name: np.concatenate([of_grid[name], of_captions[name]]) for name in of_grid}
         figures += memorisation_figures(
             space.name,
@@ -258,13 +261,13 @@ def _in_space(
     return figures
 
 
-def _training_features(config: EvaluateConfig, space: FeatureSpace, size_px: int) -> np.ndarray:
-    """Features of the training images, read and embedded in small groups so that they are never all in memory."""
-    split = open_split(config.domain, "train")
-    chosen = evenly_spaced(len(split), config.training_images or len(split))
+def training_features(domain: str, space: FeatureSpace, size_px: int, count: int, device: str) -> np.ndarray:
+    """Features (M, D) of `count` training images (0: all), read in small groups: they are never all in memory."""
+    split = open_split(domain, "train")
+    chosen = evenly_spaced(len(split), count or len(split))
     starts = tqdm(range(0, len(chosen), 64), desc=f"training images, {space.name}", unit="batch")
     return np.concatenate(
-        [space.embed(split.images(size_px, chosen[start : start + 64]), device=config.device) for start in starts]
+        [space.embed(split.images(size_px, chosen[start : start + 64]), device=device) for start in starts]
     )
 
 

@@ -282,10 +282,11 @@ class RlLearner:
         """Write the kept adapter to `folder` and return what the run found, image by image the same prompts and seeds.
 
         Where no evaluation was eligible, the newest adapter is written and `kept_epoch` is None: do not ship that one.
+        With `keep: newest` it is written whatever the looks said.
         """
-        kept, baseline = self.watch.best, self.watch.history[0]
+        kept, baseline = self.watch.best if self.config.keep == "best" else None, self.watch.history[0]
         self.policy.set_weights(self.config.adapter, self.best if kept else self.policy.weights(self.policy.behaviour))
-        if kept is None:
+        if kept is None and self.config.keep == "best":
             logger.warning(
                 "no adapter kept its diversity and its distance; the newest one is written and must not be shipped"
             )

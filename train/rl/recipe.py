@@ -11,6 +11,7 @@ from train.rl.scoring import refuse_stepped
 
 COMPOSITE = "composite"
 TRAINED = ("lora", "full")
+KEPT = ("best", "newest")
 
 
 @dataclass
@@ -143,6 +144,9 @@ class RlConfig(StageConfig):
     """Greatest distance from them of an eligible adapter, as a multiple of the untrained model's."""
     patience: int = 2
     """Evaluations in a row that must agree before the run stops early."""
+    keep: str = "best"
+    """Which adapter is exported. best: the eligible one that the judge likes best; newest: that of the last epoch,
+    whatever the looks said, so that the judge has chosen nothing."""
 
 
 def rewards_of(config: RlConfig) -> dict[str, float]:
@@ -174,6 +178,7 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     yield config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"
     yield config.train_what not in TRAINED, f"no train_what {config.train_what!r}; allowed are {', '.join(TRAINED)}"
     yield config.reward_timeout_s < 0, f"reward_timeout_s is {config.reward_timeout_s}; allowed are 0 and more"
+    yield config.keep not in KEPT, f"no keep {config.keep!r}; allowed are {', '.join(KEPT)}"
     yield not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"
     yield (
         not 0 <= config.average_decay < 1,

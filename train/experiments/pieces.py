@@ -1,0 +1,66 @@
+"""An experiment's pieces on disk: each is made once, and found again by a run that goes on.
+
+A piece is JSON with a digest of all that it depends on. One made from anything else is made again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medviz.errors import InputError
+from medviz.models.manifest import hash_file
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """sha256 of JSON values, whatever their order."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of every file below `folder`. Raises InputError where it is no folder."""
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}: train that stage first")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest({path.relative_to(folder).as_posix(): hash_file(path).sha256 for path in paths})
+
+
+def piece(path: Path, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned for this identity: read from `path` where it lies there, made and written otherwise.
+
+    Written beside its place and renamed, so a piece that a stop cut short is not there. Raises InputError for a file
+    that is no JSON.
+    """
+    mine = digest(identity)
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}): delete it to make it again") from error
+        if isinstance(stored, dict) and stored.get("identity") == mine:
+            return stored["found"]
+    found = make()
+    write_json(path, {"identity": mine, "found": found})
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".writing-{path.name}")
+    writing.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(writing, path)
+
+
+def plain(values: Iterable[float]) -> list[float | None]:
+    """Numbers for JSON, None where one is not finite."""
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def array(values: Iterable[float | None]) -> np.ndarray:
+    """The numbers (N,) that `plain` was given, NaN where one was not finite."""
+    return np.array([np.nan if value is None else value for value in values], np.float64)
