@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ class Parts:
     default_adapter: str | None
     runs: dict[str, str]
     """Stage name to run folder: their metrics.json go into the manifest."""
+    adapter_strengths: dict[str, float] = field(default_factory=dict)
+    """Share of an adapter's change of the weights that ships, above 0 and at most 1; unnamed: all of it. Chosen on
+    validation images, as the guidance scale is: more pleases the judge, and takes pictures farther from real ones."""
 
 
 def read_parts(path: str) -> Parts:
@@ -132,6 +135,26 @@ def _replace_autoencoder(place: Path, source: str) -> None:
     shipped.save_pretrained(place)
 
 
+def weaken(folder: Path, strength: float) -> None:
+    """Multiply the change that the LoRA adapter in `folder` makes by `strength`, and write that into adapter.json.
+
+    Raises InputError for a strength outside (0, 1], and for an adapter that is not LoRA.
+    """
+    if not 0 < strength <= 1:
+        raise InputError(f"an adapter's strength must be above 0 and at most 1, found {strength}")
+    weights = list(folder.glob("*.safetensors"))
+    for path in weights:
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata()
+        tensors = load_file(path)
+        outer = [name for name in tensors if ".lora_B." in name]  # the change is B A: one factor takes the strength
+        if not outer or len(outer) * 2 != len(tensors):
+            raise InputError(f"{path} is no LoRA adapter: only such a one has a strength")
+        save_file({n: t * strength if n in outer else t for n, t in tensors.items()}, path, metadata=metadata)
+    card = folder / "adapter.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "strength": strength}, indent=1, sort_keys=True) + "\n")
+
+
 def adapter_source(parts: Parts, name: str) -> str:
     """The folder that the adapter `name` comes from. InputError where it holds a whole UNet instead: that would be
     another baseline, not something to switch on over this one."""
@@ -158,6 +181,8 @@ def assemble(parts: Parts, folder: Path) -> None:
             _halve(writing / name)
     for name in parts.adapters:
         _copy(adapter_source(parts, name), writing / "adapters" / name)
+        if name in parts.adapter_strengths:
+            weaken(writing / "adapters" / name, parts.adapter_strengths[name])
         _halve(writing / "adapters" / name)
     metrics: dict[str, Any] = {}
     for stage, run in parts.runs.items():
@@ -173,6 +198,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             "recipe": {
                 **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
                 "guidance_scale": parts.guidance_scale,
+                **{f"adapter_strength {name}": strength for name, strength in parts.adapter_strengths.items()},
             },
             "data": SOURCES[parts.domain],
             "training_cost": {

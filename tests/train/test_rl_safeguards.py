@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,12 +67,6 @@ def test_an_adapter_that_moved_away_from_real_images_is_not_eligible(untrained):
     watch, verdicts = watched_from(untrained, far, near)
     assert [v.best for v in verdicts] == [False, False, True]
     assert watch.best.epoch == 8
-
-
-def test_a_distance_that_chance_moves_as_far_is_no_move():
-    sure, unsure = (replace(look(4, judge=0.9, distance=0.02), distance_error=error) for error in (0.008, 0.010))
-    for evaluation, kept in ((sure, False), (unsure, True)):
-        assert [v.best for v in watched_from(0.01, evaluation)[1]] == [False, kept]
 
 
 def test_without_real_images_no_distance_is_asked_for():

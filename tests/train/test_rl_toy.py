@@ -1,19 +1,22 @@
 """Every method on a density whose optimum is known: a Gaussian that may be moved, and a reward of where it lies."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from medviz.domains import get_domain
 from medviz.errors import InputError, ModelError
-from medviz.models.adapters import load_lora
+from medviz.models.adapters import load_lora, using_adapter
 from medviz.rewards.composite import Composite
 from tests import tiny
 from tests.train import toy_density
 from train import checkpoint
-from train.assemble import Parts, adapter_source
+from train.assemble import Parts, adapter_source, weaken
 from train.evaluate.fidelity import kernel_distance
 from train.rl.learner import RlLearner
 from train.rl.log_prob import ZeroVarianceError
@@ -458,6 +461,30 @@ def test_a_whole_unet_is_not_assembled_as_an_adapter(tmp_path):
     parts = Parts("dermatology", "cpu", *[""] * 6, 3.0, {"attribute": str(tmp_path / "run")}, None, {})
     with pytest.raises(InputError, match="no adapter"):
         adapter_source(parts, "attribute")
+
+
+def test_a_weaker_adapter_ships_that_share_of_its_change(base, tmp_path):
+    made = moved(learner(base, "forward", **METHODS["forward"]))
+    made.policy.save(tmp_path / "whole", {"title": "t"})
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    weaken(tmp_path / "half", 0.5)
+    assert json.loads((tmp_path / "half" / "adapter.json").read_text())["strength"] == 0.5
+    latents, t = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(0)), torch.tensor(400)
+    drawn = {"none": toy_density.GaussianUNet()(latents, t)[0]}
+    for name in ("whole", "half"):
+        unet = toy_density.GaussianUNet()
+        load_lora(unet, tmp_path / name, "attribute")
+        with using_adapter(unet, "attribute"):
+            drawn[name] = unet(latents, t)[0]
+    change = {name: drawn[name] - drawn["none"] for name in ("whole", "half")}
+    assert change["whole"].abs().max() > 1e-3
+    torch.testing.assert_close(change["half"], change["whole"] / 2)
+    for strength in (0.0, 1.1, float("nan")):
+        with pytest.raises(InputError, match="above 0 and at most 1"):
+            weaken(tmp_path / "half", strength)
+    save_file({"unet.to_q.weight": torch.zeros(2, 1)}, next((tmp_path / "half").glob("*.safetensors")))
+    with pytest.raises(InputError, match="no LoRA adapter"):
+        weaken(tmp_path / "half", 0.5)
 
 
 @pytest.mark.parametrize(

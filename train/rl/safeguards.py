@@ -101,8 +101,8 @@ class Watch:
     An adapter is eligible that keeps at least `floor` of the untrained model's diversity and lies at most `ceiling`
     times as far from real images as the untrained model does (where distances are looked at). patience: evaluations in
     a row without a new best that all have the reward above and the judge below the best one's, or all lack diversity,
-    or all lie too far off, after which training stops. A judge's fall or a distance's excess of up to `tolerance`
-    standard errors counts as none: a tenth of a distance near 0 is less than chance moves it.
+    or all lie too far off, after which training stops. A judge's fall of up to `tolerance` standard errors counts as no
+    fall.
     """
 
     floor: float = 0.85
@@ -145,8 +145,7 @@ class Watch:
         untrained = self.history[0].distance
         if untrained is None or evaluation.distance is None:
             return True
-        excess = evaluation.distance - (untrained + (self.ceiling - 1) * abs(untrained))
-        return excess <= self.tolerance * evaluation.distance_error
+        return evaluation.distance <= untrained + (self.ceiling - 1) * abs(untrained)
 
     def _reason(self) -> str:
         recent = self.history[1:][-self.patience :]
