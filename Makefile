@@ -80,9 +80,9 @@ runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.js
 	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume)
 endef
 
-# The stage that finishes a generator. The cpu preset goes on twice from the diffusion stage: for fine lines (refine), then
-# for what captions say (coarse); the gpu preset does all in one.
-GENERATOR := $(if $(filter cpu,$(PRESET)),coarse,diffusion)
+# The stage that finishes a generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then for
+# what captions say (coarse), and once more (longer); the gpu preset does all in one.
+GENERATOR := $(if $(filter cpu,$(PRESET)),longer,diffusion)
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
@@ -90,9 +90,11 @@ $(call stage,contrastive,contrastive-$(1)-$(PRESET),)
 
 $(call stage,diffusion,diffusion-$(1)-$(PRESET),autoencoder-$(PRESET) contrastive-$(1)-$(PRESET))
 
-$(if $(filter coarse,$(GENERATOR)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffusion-$(1)-$(PRESET)))
+$(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffusion-$(1)-$(PRESET)))
 
-$(if $(filter coarse,$(GENERATOR)),$(call stage,diffusion,coarse-$(1)-$(PRESET),refine-$(1)-$(PRESET)))
+$(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,coarse-$(1)-$(PRESET),refine-$(1)-$(PRESET)))
+
+$(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,longer-$(1)-$(PRESET),coarse-$(1)-$(PRESET)))
 
 $(call stage,classifier,reward-$(1)-$(PRESET),)
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
 from medviz.generation.inversion import attention_on_image
 from medviz.generation.sampling import decode, latent_hw, sample
 from medviz.grounding.anatomy import Segmenter
@@ -28,7 +29,7 @@ from medviz.grounding.heat_maps import grounding_heat_map, word_heat_maps
 from medviz.grounding.metrics import cnr, mass_in_region
 from medviz.grounding.words import content_indices, token_indices, truncated_text
 from medviz.images import fit_square, to_pil, to_tensor
-from medviz.limits import check_word
+from medviz.limits import DEFAULT_GUIDANCE_SCALE, check_word
 from medviz.models.adapters import using_adapter
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import Manifest
@@ -70,6 +71,11 @@ class Models:
         """Side of the images that the pipeline draws."""
         pipeline = self.loaded.pipeline
         return latent_hw(pipeline.unet.config)[0] * int(pipeline.vae_scale_factor)
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance that the models are meant for; a request names another scale within its interval."""
+        return Guidance.of_recipe(self.loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE)
 
 
 def load_models(library: ModelLibrary, domain: str) -> Models:
@@ -140,7 +146,7 @@ def draw_batch(models: Models, requests: Sequence[Request]) -> list[Image.Image]
             [request.prompt for request in requests],
             [request.seed for request in requests],
             steps=first.steps,
-            guidance_scale=first.guidance_scale,
+            guidance_scale=models.guidance.with_scale(first.guidance_scale),
         )
         return [to_pil(image) for image in decode(pipeline, latents)]
 
@@ -241,7 +247,7 @@ def _draw(
             [request.prompt],
             [request.seed],
             steps=request.steps,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=models.guidance.with_scale(request.guidance_scale),
             on_step=on_step,
             maps=maps,
         )

@@ -89,6 +89,9 @@ class Parts:
     judge: str
     segmenter: str
     guidance_scale: float
+    guidance_interval: tuple[int, int]
+    guidance_outside: float
+    """What the app and the evaluation draw at: see `medviz.generation.guidance`. Chosen on validation captions."""
     adapters: dict[str, str]
     default_adapter: str | None
     runs: dict[str, str]
@@ -198,6 +201,8 @@ def assemble(parts: Parts, folder: Path) -> None:
             "recipe": {
                 **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
                 "guidance_scale": parts.guidance_scale,
+                "guidance_interval": list(parts.guidance_interval),
+                "guidance_outside": parts.guidance_outside,
                 **{f"adapter_strength {name}": strength for name, strength in parts.adapter_strengths.items()},
             },
             "data": SOURCES[parts.domain],

@@ -11,6 +11,7 @@ import tyro
 import yaml
 
 from medviz.errors import InputError
+from medviz.generation.guidance import WHOLE_INTERVAL, Guidance
 
 
 @dataclass
@@ -35,6 +36,23 @@ class StageConfig:
     """Steps between lines in metrics.jsonl."""
     tracker: str = ""
     """tensorboard or trackio, which show what metrics.jsonl holds; empty: neither."""
+
+
+@dataclass
+class GuidedConfig(StageConfig):
+    """Of a stage that draws pictures. A model folder records the same three, chosen on validation captions."""
+
+    guidance_scale: float = 3.0
+    """Of every picture that is drawn; 1 is none."""
+    guidance_interval: tuple[int, int] = WHOLE_INTERVAL
+    """Timesteps, lowest and highest, between which the scale holds in full."""
+    guidance_outside: float = 0.0
+    """Share of it, beyond 1, at the other timesteps."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """The three as one. Raises InputError for values out of range."""
+        return Guidance(self.guidance_scale, self.guidance_interval, self.guidance_outside)
 
 
 C = TypeVar("C", bound=StageConfig)

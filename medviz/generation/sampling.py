@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medviz.errors import InputError, ModelError
+from medviz.generation.guidance import Guidance
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
@@ -122,16 +123,17 @@ def noise_pred(
     latents: torch.Tensor,
     t: torch.Tensor | float,
     prompt_embeds: PromptEmbeds,
-    guidance_scale: float,
+    guidance_scale: float | Guidance,
 ) -> torch.Tensor:
     """The UNet's guided prediction (B, C, h, w), in the latents' dtype: the one place where guidance is computed.
 
-    `t` is one timestep or one a sample (B,). Guidance 1.0 is a single conditional pass, any other value one pass
-    over 2B rows, [unconditional, conditional]. What is predicted (noise, velocity) is the scheduler's business.
-    Keeps the gradient if there is one.
+    `t` is one timestep or one a sample (B,). A scale of 1.0 is a single conditional pass, any other value one pass
+    over 2B rows, [unconditional, conditional]; Guidance names its scale at `t`. What is predicted (noise, velocity) is
+    the scheduler's business. Keeps the gradient if there is one.
     """
     dtype = unet.dtype
-    if guidance_scale == 1.0:
+    scale = guidance_scale.at(t) if isinstance(guidance_scale, Guidance) else guidance_scale
+    if isinstance(scale, float | int) and scale == 1.0:
         prediction = unet(latents.to(dtype), t, encoder_hidden_states=prompt_embeds.cond.to(dtype), return_dict=False)[
             0
         ]
@@ -143,7 +145,7 @@ def noise_pred(
         0
     ].to(latents.dtype)
     uncond, cond = both.chunk(2)
-    return uncond + guidance_scale * (cond - uncond)
+    return uncond + scale * (cond - uncond)
 
 
 def split_prediction(
@@ -181,13 +183,13 @@ def fresh_scheduler(pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
 
 
-def _check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float) -> None:
+def _check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float | Guidance) -> None:
     if isinstance(prompts, str) or len(prompts) == 0 or len(prompts) != len(seeds):
         count = "one text" if isinstance(prompts, str) else len(prompts)
         raise InputError(f"prompts and seeds must be lists of one length >= 1, found {count} and {len(seeds)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be a whole number of at least 1, found {steps!r}")
-    if not math.isfinite(guidance_scale):
+    if not isinstance(guidance_scale, Guidance) and not math.isfinite(guidance_scale):
         raise InputError(f"guidance scale must be a finite number, found {guidance_scale!r}")
 
 
@@ -197,7 +199,7 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 20,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | Guidance = 3.0,
     on_step: OnStep | None = None,
     maps: AttentionMaps | None = None,
     grid_hw: tuple[int, int] | None = None,

@@ -37,7 +37,8 @@ def page(browser, url: str) -> Iterator[Page]:
     opened.on("pageerror", lambda error: opened.failures.append(str(error)))
     opened.set_default_timeout(WAIT_MS)
     opened.goto(url)
-    expect(opened.locator("#mv-generate")).to_be_visible()
+    # what is set before the page has filled its settings in would be set back
+    expect(opened.locator("#mv-generate")).to_be_enabled()
     yield opened
     opened.close()
 
@@ -55,6 +56,7 @@ def set_steps(page: Page, steps: int) -> None:
     box = page.locator("#mv-steps input[type=number]")
     box.fill(str(steps))
     box.press("Tab")
+    expect(box).to_have_value(str(steps))
 
 
 def wait_for_change(page: Page, side: str, before: str | None) -> str:

@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
+from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import decode, sample
 from medviz.models.adapters import using_adapter
 from medviz.models.manifest import FileRecord
@@ -33,13 +34,15 @@ class Request:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     steps: int
-    guidance_scale: float
+    guidance_scale: float | Guidance
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-def grid_request(prompts: Sequence[str], seeds_per_prompt: int, steps: int, guidance_scale: float) -> Request:
+def grid_request(
+    prompts: Sequence[str], seeds_per_prompt: int, steps: int, guidance_scale: float | Guidance
+) -> Request:
     """Every prompt with the same seeds 0, 1, ...: prompt-major, so rows [i * k, (i + 1) * k) are prompt i's."""
     return Request(
         prompts=tuple(prompt for prompt in prompts for _ in range(seeds_per_prompt)),
@@ -49,7 +52,7 @@ def grid_request(prompts: Sequence[str], seeds_per_prompt: int, steps: int, guid
     )
 
 
-def caption_request(captions: Sequence[str], seed: int, steps: int, guidance_scale: float) -> Request:
+def caption_request(captions: Sequence[str], seed: int, steps: int, guidance_scale: float | Guidance) -> Request:
     """One image a caption, each from a seed of its own that is a function of (seed, position)."""
     seeds = tuple(key(seed, "evaluate", "caption", index) % 2**32 for index in range(len(captions)))
     return Request(prompts=tuple(captions), seeds=seeds, steps=steps, guidance_scale=guidance_scale)

@@ -26,6 +26,7 @@ from medviz import __version__
 from medviz.audit.memorisation import held_out_threshold, nearest_similarity
 from medviz.domains import Domain, ParsedPrompt, get_domain
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import FileRecord
@@ -64,7 +65,8 @@ class EvaluateConfig(StageConfig):
 
     steps: int = DEFAULT_STEPS
     """Denoising steps of a picture."""
-    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    guidance_scale: float = 0.0
+    """0: the model folder's own; another scale keeps the folder's interval."""
     domain: str = "dermatology"
     models: str = "assets/models"
     """Folder that holds the domain's model folder."""
@@ -111,9 +113,11 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     real = real_images(open_split(config.domain, config.split), domain, config.captions, size_px, config.seed)
     prompts = domain.validation_prompts()
     prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
+    guidance = Guidance.of_recipe(loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE)
+    guidance = guidance.with_scale(config.guidance_scale or guidance.scale)
     requests: dict[PromptSet, Request] = {
-        "grid": grid_request(prompts, config.seeds_per_prompt, config.steps, config.guidance_scale),
-        "captions": caption_request(real.captions, config.seed, config.steps, config.guidance_scale),
+        "grid": grid_request(prompts, config.seeds_per_prompt, config.steps, guidance),
+        "captions": caption_request(real.captions, config.seed, config.steps, guidance),
     }
     grid = requests["grid"]
     pictures = {kind: _draw(config, loaded, adapters, request, kind) for kind, request in requests.items()}
@@ -128,7 +132,7 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     for space in (independent_space(loaded.folder, config.device), judge_space(judge)):
         independent = space.name != "judge"
         figures += _in_space(config, space, grid, pictures, real, size_px, independent=independent)
-    sheet = _write_sheets(config, domain, loaded, adapters)
+    sheet = _write_sheets(config, domain, loaded, adapters, guidance)
     report = _report(config, command, loaded, adapters, real, grid, figures, sheet)
     _write_report(config, report)
     return report
@@ -276,10 +280,11 @@ def _write_sheets(
     domain: Domain,
     loaded: LoadedDomain,
     adapters: tuple[str, ...],
+    guidance: Guidance,
 ) -> str | None:
     """Write a contact sheet an adapter to `out` and return the name of the first one; None without an adapter."""
     prompts, seeds = domain.sheet_prompts(), min(SHEET_SEEDS, config.seeds_per_prompt)
-    request = grid_request(prompts, seeds, config.steps, config.guidance_scale)
+    request = grid_request(prompts, seeds, config.steps, guidance)
     pictures = _draw(config, loaded, adapters, request, "sheet")
     names = [f"contact-sheet-{domain.name}{'' if not number else f'-{a}'}.png" for number, a in enumerate(adapters)]
 
@@ -292,7 +297,7 @@ def _write_sheets(
             chosen(pictures[BASELINE]),
             chosen(pictures[adapter]),
             title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "
-            f"{config.steps} steps, guidance {config.guidance_scale:g}. Prompts and seeds are not selected.",
+            f"{config.steps} steps, guidance {guidance}. Prompts and seeds are not selected.",
             columns=[f"seed {seed}" for seed in range(seeds)],
             names=("baseline", f"aligned: {adapter}"),
         )
@@ -323,7 +328,7 @@ def _report(
         "settings": {
             "split": config.split,
             "steps": config.steps,
-            "guidance_scale": config.guidance_scale,
+            "guidance_scale": str(grid.guidance_scale),
             "seed": config.seed,
             "grid": f"{len(grid) // config.seeds_per_prompt} prompts x {config.seeds_per_prompt} seeds",
             "captions": len(real.captions),

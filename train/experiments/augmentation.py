@@ -27,7 +27,7 @@ from medviz.errors import InputError, ModelError
 from medviz.models.adapters import load_lora
 from train import augment, checkpoint, seeding
 from train.architectures import ARCHITECTURES
-from train.config import StageConfig, parse
+from train.config import GuidedConfig, parse
 from train.datasets.split import Split, open_split
 from train.evaluate.generated import Request, generate, weights_digest
 from train.evaluate.report import FORMAT_VERSION
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AugmentationConfig(StageConfig):
+class AugmentationConfig(GuidedConfig):
     """Options of the augmentation experiment. It goes on by itself: run the same command again."""
 
     steps: int = 800
@@ -74,8 +74,6 @@ class AugmentationConfig(StageConfig):
     """Extra pictures of each arm but real."""
     picture_steps: int = 10
     """Denoising steps of a synthetic picture."""
-    guidance_scale: float = 1.5
-    """Of the synthetic pictures."""
     picture_batch: int = 16
     """Pictures drawn at a time; part of what names the stored pictures."""
     real_images: int = 0
@@ -175,7 +173,7 @@ def gather(config: AugmentationConfig, train: Split, test: Split) -> Material:
         for number, i in enumerate(extra)
     )
     seeds = tuple(seeding.key(config.seed, "augmentation", "noise", number) % 2**32 for number in range(len(extra)))
-    request = Request(prompts, seeds, config.picture_steps, config.guidance_scale)
+    request = Request(prompts, seeds, config.picture_steps, config.guidance)
     test_images, test_rows = described(domain, test.records, test.groups, config.artefacts)
     return Material(training, rows, extra, request, test_images, test_rows)
 
@@ -308,7 +306,7 @@ def report(
             "classifier": f"{config.architecture} {config.width:g}/{config.depth:g} at {config.size_px} px",
             "steps": config.steps,
             "picture_steps": config.picture_steps,
-            "guidance_scale": config.guidance_scale,
+            "guidance_scale": str(config.guidance),
         },
         "seeds": list(config.seeds),
         "models": {"sha256": digest(models), "weights": models},

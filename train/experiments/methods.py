@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 
 from medviz.domains import get_domain
 from medviz.errors import InputError
-from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from medviz.limits import DEFAULT_STEPS
 from medviz.models.adapters import load_lora
 from medviz.models.manifest import NAME_PATTERN, FileRecord, hash_file
 from medviz.rewards.classifier import AttributeClassifier
@@ -59,8 +59,6 @@ class MethodsConfig(StageConfig):
 
     steps: int = DEFAULT_STEPS
     """Denoising steps of a measured picture."""
-    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
-    """Of the measured pictures."""
     rl: str = ""
     """The rl recipe that all methods share."""
     shared: str = ""
@@ -241,7 +239,7 @@ class _Table:
         self._images = real_images(open_split(rl.domain, config.split), domain, config.captions, size_px, config.seed)
         prompts = domain.validation_prompts()
         prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
-        settings = (config.steps, config.guidance_scale)
+        settings = (config.steps, rl.guidance)
         self.requests: dict[PromptSet, Request] = {
             "grid": grid_request(prompts, config.seeds_per_prompt, *settings),
             "captions": caption_request(self._images.captions, config.seed, *settings),
@@ -320,6 +318,7 @@ class _Table:
             "real_references": len(self._images.reference),
             "captions": len(self._images.captions),
             "grid": f"{len(grid) // self.config.seeds_per_prompt} prompts x {self.config.seeds_per_prompt} seeds",
+            "guidance_scale": str(grid.guidance_scale),
             "recipes": {name: options(next(iter(by_seed.values()))) for name, by_seed in plans.items()},
         }
 

@@ -85,7 +85,7 @@ def report(
             "reward_queries_of_each_run": config.queries,
             "adapter": "the newest of each run",
             "steps": config.steps,
-            "guidance_scale": config.guidance_scale,
+            "guidance_scale": about["guidance_scale"],
             "grid": about["grid"],
             "captions": about["captions"],
             "real_references": about["real_references"],

@@ -64,7 +64,7 @@ class Drawing:
                     prompt_ids[mine],
                     mine.tolist(),
                     schedule,
-                    guidance_scale=config.guidance_scale,
+                    guidance_scale=config.guidance,
                     seed=config.seed,
                     epoch=epoch,
                     batch=config.rollout_batch,
@@ -93,7 +93,7 @@ class Drawing:
                 [table.prompts[i] for i in prompt_ids[rows]],
                 [seeds[i] for i in rows],
                 steps=steps,
-                guidance_scale=self.config.guidance_scale,
+                guidance_scale=self.config.guidance,
                 prompt_embeds=table.embeds(prompt_ids[rows]),
             )
             parts.append(latents.float().cpu())

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from medviz.errors import InputError
-from train.config import StageConfig
+from train.config import GuidedConfig
 from train.rl.advantages import ADVANTAGES
 from train.rl.objectives import Objective, get_objective
 from train.rl.scoring import refuse_stepped
@@ -15,7 +15,7 @@ KEPT = ("best", "newest")
 
 
 @dataclass
-class RlConfig(StageConfig):
+class RlConfig(GuidedConfig):
     """Options of the rl stage. `steps` counts epochs, each one rollout and `updates` optimiser steps."""
 
     domain: str = "dermatology"
@@ -67,8 +67,6 @@ class RlConfig(StageConfig):
     """Solver steps of a rollout: the shipped solver for forward and awm, DDIM for the others (random but for draft)."""
     rollout_batch: int = 16
     """Images drawn at a time; memory and speed only."""
-    guidance_scale: float = 3.0
-    """Of every rollout and every evaluation; objectives on a DDIM chain train at the same."""
     eta: float = 1.0
     """Noise of a stochastic DDIM step, 0 < eta <= 1."""
     timestep_spacing: str = "trailing"

@@ -99,7 +99,7 @@ class Replayer:
     def _chain(self, index: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
         unet, reference_mean = self.pipeline.unet, None
         # One guidance scale for both: the rollout's. There is no other that this replay could take.
-        again = partial(replay_step, unet, self.table, rollout, rows, index, self._ddim, self.config.guidance_scale)
+        again = partial(replay_step, unet, self.table, rollout, rows, index, self._ddim, self.config.guidance)
         if self.config.kl_weight > 0:
             with self.policy.using(None), torch.no_grad():
                 reference_mean = again().mean
@@ -160,7 +160,7 @@ class Replayer:
         self, start: torch.Tensor, length: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor
     ) -> Losses:
         unet, ids, total = self.pipeline.unet, rollout.prompt_ids[rows], len(self._ddim)
-        steps, scale = range(total - length, total), self.config.guidance_scale
+        steps, scale = range(total - length, total), self.config.guidance
         again = partial(certain_steps, unet, start, steps, self.table.embeds(ids), self._ddim, scale)
         reference = None
         if self.config.kl_weight > 0:

@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import PromptEmbeds, initial_latents, noise_pred
 from train import processes, seeding
 from train.rl.log_prob import DdimSchedule, DdimStep, ddim_step, deterministic_step
@@ -70,7 +71,7 @@ def roll_out(
     indices: Sequence[int],
     schedule: DdimSchedule,
     *,
-    guidance_scale: float,
+    guidance_scale: float | Guidance,
     seed: int,
     epoch: int,
     batch: int,
@@ -109,7 +110,7 @@ def policy_step(
     index: int,
     embeds: PromptEmbeds,
     schedule: DdimSchedule,
-    guidance_scale: float,
+    guidance_scale: float | Guidance,
     *,
     noise: torch.Tensor | None = None,
     prev_latents: torch.Tensor | None = None,
@@ -125,7 +126,7 @@ def certain_steps(
     steps: Sequence[int],
     embeds: PromptEmbeds,
     schedule: DdimSchedule,
-    guidance_scale: float,
+    guidance_scale: float | Guidance,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps that draw no noise, one after the other; keeps the gradient.
 
@@ -145,7 +146,7 @@ def replay_step(
     rows: np.ndarray,
     index: int,
     schedule: DdimSchedule,
-    guidance_scale: float,
+    guidance_scale: float | Guidance,
 ) -> DdimStep:
     """Step `index` of the images `rows` of `rollout` again, by whatever adapter is on; keeps the gradient."""
     now, after = (rollout.at(rows, i).to(table.cond.device) for i in (index, index + 1))
