@@ -1,4 +1,4 @@
-# make run | test | test-slow | test-gpu | check | bench | train-dermatology | train-radiology
+# make run | test | test-slow | test-gpu | check | bench | experiments | train-dermatology | train-radiology
 # Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench format report clean train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments format report clean train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-gpu            the tests at Stable Diffusion's size, on a machine with a CUDA card"
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, about ten minutes on two idle cores"
+	@echo "make experiments         methods at one budget, synthetic pictures as augmentation: two hours on two idle cores"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
 	@echo "make train-radiology"
 
@@ -120,6 +121,12 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m train bench rl
+
+# Both go on from what a stopped run finished. They need the dermatology runs, and MEDVIZ_DATA.
+experiments: $(VENV)/.bench
+	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
+	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
+	$(BIN)/python -m train report
 
 report: setup-dev
 	$(BIN)/python -m train report

@@ -11,6 +11,7 @@ from medviz.images import to_tensor
 from medviz.results import Role, Score
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
+from medviz.rewards.consistency import consistency
 
 JUDGE: Role = "judge"
 
@@ -24,9 +25,10 @@ def score_images(
     """Score one image, or a pair (baseline, aligned), against a prompt.
 
     classifiers: role -> network; "judge" is the judge, every other name a reward. images: PIL, or tensors (3, H, W) in
-    [-1, 1]. A classifier gives the share of what was asked that it finds as asked, the mean margin in [-1, 1], and the
-    probability of every head the prompt decides; of heads that exclude each other only the one asked for. Rewards come
-    first. Raises InputError unless there are one or two images.
+    [-1, 1]. A classifier gives the share of what was asked that it finds as asked, the mean margin in [-1, 1], that of
+    each part of a report where the domain's prompts have parts, and the probability of every head the prompt decides;
+    of heads that exclude each other only the one asked for. Rewards come first. Raises InputError unless there are one
+    or two images.
     """
     if len(images) not in (1, 2):
         raise InputError(f"one image or a pair can be scored, got {len(images)}")
@@ -66,6 +68,8 @@ def _scores(
         "Prompt accuracy": prompt_accuracy(logits, targets, mask, thresholds),
         "Attribute margin": attribute_reward(logits, targets, mask, thresholds=thresholds),
     }
+    parts = consistency(logits, targets, mask, thresholds, classifier.heads, domain.aspects)
+    rows |= {f"{part.capitalize()} consistency": values for part, values in parts.items() if not values.isnan().all()}
     asked = {head for head, target in parsed.targets.items() if target >= 0.5}
     for index, name in enumerate(classifier.heads):
         head = domain.head(name)

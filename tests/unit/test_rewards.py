@@ -275,3 +275,19 @@ def test_scores_are_finite_or_none(classifier, judge):
     parsed = domain.parse("nevus with no visible artifacts")
     scores = score_images({"attribute": classifier, "judge": judge}, domain, parsed, [torch.ones(3, 50, 70)])
     assert all(score.aligned is None and math.isfinite(score.baseline) for score in scores)
+
+
+def test_a_report_s_parts_have_a_row_each_where_the_prompt_speaks_of_them(model_root):
+    domain, judge = get_domain("radiology"), AttributeClassifier.load(model_root / "radiology" / "judge")
+    image, whole = torch.zeros(3, 64, 64), domain.parse("a PA chest X-ray of a child with pneumonia")
+
+    def rows(parsed):
+        found = score_images({"judge": judge}, domain, parsed, [image])
+        return {score.name: score.baseline for score in found if score.name.endswith("consistency")}
+
+    parts = rows(whole)
+    assert set(parts) == {f"{part.capitalize()} consistency" for part in (*domain.aspects, "report")}
+    means = [value for name, value in parts.items() if name != "Report consistency"]
+    assert parts["Report consistency"] == pytest.approx(sum(means) / len(means), abs=1e-6)
+    assert "View consistency" not in rows(domain.parse("a chest X-ray with pneumonia"))
+    assert rows(domain.parse("a picture")) == {}
