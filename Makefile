@@ -82,8 +82,10 @@ runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.js
 endef
 
 # The stage that finishes a generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then for
-# what captions say (coarse), and once more (longer); the gpu preset does all in one.
-GENERATOR := $(if $(filter cpu,$(PRESET)),longer,diffusion)
+# what captions say (coarse), dermatology once more (longer); the gpu preset does all in one.
+LAST-dermatology := longer
+LAST-radiology := coarse
+GENERATOR = $(if $(filter cpu,$(PRESET)),$(LAST-$(1)),diffusion)
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
@@ -91,9 +93,9 @@ $(call stage,contrastive,contrastive-$(1)-$(PRESET),)
 
 $(call stage,diffusion,diffusion-$(1)-$(PRESET),autoencoder-$(PRESET) contrastive-$(1)-$(PRESET))
 
-$(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffusion-$(1)-$(PRESET)))
+$(if $(filter cpu,$(PRESET)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffusion-$(1)-$(PRESET)))
 
-$(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,coarse-$(1)-$(PRESET),refine-$(1)-$(PRESET)))
+$(if $(filter cpu,$(PRESET)),$(call stage,diffusion,coarse-$(1)-$(PRESET),refine-$(1)-$(PRESET)))
 
 $(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,longer-$(1)-$(PRESET),coarse-$(1)-$(PRESET)))
 

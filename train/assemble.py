@@ -139,7 +139,8 @@ def _replace_autoencoder(place: Path, source: str) -> None:
 
 
 def weaken(folder: Path, strength: float) -> None:
-    """Multiply the change that the LoRA adapter in `folder` makes by `strength`, and write that into adapter.json.
+    """Multiply the change that the LoRA adapter in `folder` makes by `strength`, and write that into adapter.json,
+    its title included.
 
     Raises InputError for a strength outside (0, 1], and for an adapter that is not LoRA.
     """
@@ -155,7 +156,10 @@ def weaken(folder: Path, strength: float) -> None:
             raise InputError(f"{path} is no LoRA adapter: only such a one has a strength")
         save_file({n: t * strength if n in outer else t for n, t in tensors.items()}, path, metadata=metadata)
     card = folder / "adapter.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "strength": strength}, indent=1, sort_keys=True) + "\n")
+    details = json.loads(card.read_text())
+    if strength < 1 and "title" in details:
+        details["title"] += f", {strength:.0%} of its change"
+    card.write_text(json.dumps({**details, "strength": strength}, indent=1, sort_keys=True) + "\n")
 
 
 def adapter_source(parts: Parts, name: str) -> str:

@@ -207,7 +207,9 @@ def test_the_pictures_of_all_share_prompts_and_noise(tmp_path: Path, models: Pat
     assert len(asked) == 2 * 4
     by_kind: dict[str, set[Any]] = {}
     for one in asked:
-        by_kind.setdefault(str(one["prompts"]), set()).add((tuple(one["seeds"]), str(one["guidance_scale"]), one["steps"]))
+        by_kind.setdefault(str(one["prompts"]), set()).add(
+            (tuple(one["seeds"]), str(one["guidance_scale"]), one["steps"])
+        )
     assert [len(requests) for requests in by_kind.values()] == [1, 1]
     assert len({one["adapter"] for one in asked}) == 4
 

@@ -404,6 +404,8 @@ def _real_images(count):
         ("draft", {"average_decay": 0.5}, "forward objectives"),
         ("ddpo", {"train_guidance_scale": 3.0}, "trains at its guidance_scale"),
         ("draft", {"train_guidance_scale": 3.0}, "trains at its guidance_scale"),
+        ("ddpo", {"trained_timesteps": (0, 700)}, "replay the steps of a rollout"),
+        ("forward", {"trained_timesteps": (700, 700), "timesteps_per_image": 1}, "low < high"),
         ("grpo", {"advantages": "best"}, "no advantages 'best'"),
         ("grpo", {"train_what": "some"}, "allowed are lora, full"),
         ("grpo", {"fidelity_ceiling": 0.9}, "1 and more"),
@@ -413,6 +415,28 @@ def _real_images(count):
 def test_contradictory_options_are_refused_before_anything_runs(base, objective, options, complaint):
     with pytest.raises(InputError, match=complaint):
         learner(base, objective, **{"updates": 2, **options})
+
+
+def test_forward_objectives_train_at_the_timesteps_named_and_at_no_other(base, monkeypatch):
+    seen: dict[tuple[int, int], list[int]] = {}
+    for interval in ((0, 1000), (200, 700)):
+        made = learner(base, "forward", **{**METHODS["forward"], "trained_timesteps": interval})
+        replayer, mine = made.replayer, seen.setdefault(interval, [])
+        add_noise = replayer.noising.add_noise
+        monkeypatch.setattr(
+            replayer.noising,
+            "add_noise",
+            lambda clean, noise, t, add_noise=add_noise, mine=mine: (
+                mine.extend(t.tolist()),
+                add_noise(clean, noise, t),
+            )[1],
+        )
+        gradient(made, made.drawing.rollout(0))
+    assert len(seen[0, 1000]) == len(seen[200, 700]) > 0
+    assert 200 <= min(seen[200, 700]) < 350
+    assert 550 < max(seen[200, 700]) < 700
+    assert min(seen[0, 1000]) < 200
+    assert max(seen[0, 1000]) > 700
 
 
 def test_all_weights_may_learn_with_the_untrained_ones_beside_them(base, tmp_path):
@@ -458,7 +482,7 @@ def test_a_unet_with_adapters_is_not_trained_as_a_whole(base):
 
 def test_a_whole_unet_is_not_assembled_as_an_adapter(tmp_path):
     (tmp_path / "run" / "unet").mkdir(parents=True)
-    parts = Parts("dermatology", "cpu", *[""] * 6, 3.0, {"attribute": str(tmp_path / "run")}, None, {})
+    parts = Parts("dermatology", "cpu", *[""] * 6, 3.0, (0, 1000), 0.0, {"attribute": str(tmp_path / "run")}, None, {})
     with pytest.raises(InputError, match="no adapter"):
         adapter_source(parts, "attribute")
 
@@ -468,7 +492,8 @@ def test_a_weaker_adapter_ships_that_share_of_its_change(base, tmp_path):
     made.policy.save(tmp_path / "whole", {"title": "t"})
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     weaken(tmp_path / "half", 0.5)
-    assert json.loads((tmp_path / "half" / "adapter.json").read_text())["strength"] == 0.5
+    told = json.loads((tmp_path / "half" / "adapter.json").read_text())
+    assert (told["strength"], told["title"]) == (0.5, "t, 50% of its change")
     latents, t = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(0)), torch.tensor(400)
     drawn = {"none": toy_density.GaussianUNet()(latents, t)[0]}
     for name in ("whole", "half"):

@@ -86,6 +86,9 @@ class RlConfig(GuidedConfig):
     """Images in one backward pass; memory and speed only, the gradient is the same."""
     timesteps_per_image: int = 2
     """Timesteps of each image trained on an epoch; 0: every random step of the chain (ddpo, ddpo_sf, grpo)."""
+    trained_timesteps: tuple[int, int] = (0, 1000)
+    """Forward and awm train at timesteps low <= t < high. Left out, the noisiest keep the colours of real images: a
+    reward moves there what every prompt shares, and pictures leave real ones for little gain."""
     train_guidance_scale: float = 1.0
     """Of forward and awm: 1 trains the conditional half alone at half the cost."""
     learning_rate: float = 3e-4
@@ -209,6 +212,12 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
     yield (
         replays == "forward" and config.timesteps_per_image < 1,
         f"timesteps_per_image is {config.timesteps_per_image}; {name} needs at least 1",
+    )
+    low, high = config.trained_timesteps
+    yield (
+        not 0 <= low < high <= 1000 or (replays != "forward" and (low, high) != (0, 1000)),
+        f"trained_timesteps is {config.trained_timesteps}; allowed are 0 <= low < high <= 1000, and 0 1000 alone for "
+        "objectives that replay the steps of a rollout",
     )
     yield (
         objective.needs_kl and config.kl_weight <= 0,

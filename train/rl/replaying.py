@@ -109,7 +109,8 @@ class Replayer:
     def _noised(self, epoch: int, stratum: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
         config, unet = self.config, self.pipeline.unet
         drawn = seeding.numpy_generator(config.seed, "rl-timesteps", epoch, stratum).random(len(rollout.indices))[rows]
-        places = (drawn + stratum) / config.timesteps_per_image
+        low, high = (timestep / self.noising.config.num_train_timesteps for timestep in config.trained_timesteps)
+        places = low + (high - low) * (drawn + stratum) / config.timesteps_per_image
         noisy, timesteps, target = self._noise_again(rollout, rows, places, f"rl-forward-{stratum}", epoch)
         embeds = self.table.embeds(rollout.prompt_ids[rows])
         predict = partial(noise_pred, unet, noisy, timesteps, embeds, config.train_guidance_scale)
