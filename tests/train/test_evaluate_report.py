@@ -76,7 +76,9 @@ def test_section_shows_headline_figures_with_intervals_and_n() -> None:
 
 def test_what_was_not_computed_says_so_and_text_cannot_break_the_table() -> None:
     line = next(line for line in section(report()).splitlines() if line.startswith("| Distance"))
-    assert line == ("| Distance \\| of &lt;pictures> ↑ |  | not computed | not computed | × 0.9 [0.8, 1] | 0 |")
+    assert line == (
+        "| Distance \\| of &lt;pictures> ↑ |  | not computed | not computed | × 0.9 [0.8, 1] | not computed |"
+    )
     assert estimate_text(None) == estimate_text({"value": None}) == "not computed"
     assert estimate_text({"value": 12.3456, "low": None, "high": None}) == "12.3"
 
@@ -84,6 +86,22 @@ def test_what_was_not_computed_says_so_and_text_cannot_break_the_table() -> None
 def test_an_adapter_that_was_not_evaluated_is_not_computed() -> None:
     line = next(line for line in section(report(default_adapter="other")).splitlines() if "accuracy" in line)
     assert line.count("not computed") == 2
+
+
+def test_every_adapter_that_was_measured_stands_beside_the_default_one() -> None:
+    figure = Figure(
+        name="judge_accuracy_grid",
+        label="Accuracy",
+        group="alignment",
+        baseline=Estimate(0.5, 0.41, 0.59, 256),
+        aligned={"bold": Estimate(0.8, 0.7, 0.9, 256), "attribute": Estimate(0.75, 0.69, 0.81, 256)},
+        change={"bold": Estimate(0.3, 0.2, 0.4, 256), "attribute": Estimate(0.25, 0.2, 0.3, 256)},
+        higher_is_better=True,
+        headline=True,
+    )
+    heading, _, row = section(report(figures=[figure.as_json()])).splitlines()[-3:]
+    assert heading.endswith("| baseline | aligned (`attribute`) | change | aligned (`bold`) | change | n |")
+    assert row.endswith("| 0.75 [0.69, 0.81] | 0.25 [0.2, 0.3] | 0.8 [0.7, 0.9] | 0.3 [0.2, 0.4] | 256 |")
 
 
 def test_no_report_at_all_is_said() -> None:

@@ -64,16 +64,24 @@ def tables(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def section(report: Mapping[str, Any]) -> str:
-    """One report as a heading, what it rests on, and its headline figures: for its default adapter or, where it
-    compares several arms, for all of them."""
+    """One report as a heading, what it rests on, and its headline figures: for its default adapter, then for the others
+    that were measured, or, where it compares several arms, for all of them."""
     if report.get("arms"):
         return "\n".join([f"### {_heading(report)}", "", _basis(report), *_arm_tables(report)])
-    adapter = report.get("default_adapter")
-    changed = "aligned" if adapter is None else f"aligned (`{adapter}`)"
-    header = ("Figure", "real images", "baseline", changed, "change", "n")
-    rows = [_row(figure, adapter) for figure in report["figures"] if figure.get("headline")]
+    adapters = _adapters(report)
+    changed = [
+        cell for name in adapters for cell in ("aligned" if name is None else f"aligned (`{_text(name)}`)", "change")
+    ]
+    header = ("Figure", "real images", "baseline", *changed, "n")
+    rows = [_row(figure, adapters) for figure in report["figures"] if figure.get("headline")]
     lines = [_line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
     return "\n".join([f"### {_heading(report)}", "", _basis(report), "", *lines])
+
+
+def _adapters(report: Mapping[str, Any]) -> list[str | None]:
+    """The default adapter, None where there is none, then the others that any figure names."""
+    named = [name for figure in report["figures"] for name in figure.get("adapters", {})]
+    return list(dict.fromkeys([report.get("default_adapter"), *named]))
 
 
 def _heading(report: Mapping[str, Any]) -> str:
@@ -132,23 +140,17 @@ def _basis(report: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def _row(figure: Mapping[str, Any], adapter: str | None) -> tuple[str, ...]:
-    mine = figure.get("adapters", {}).get(adapter) or {}
-    n = (figure.get("baseline") or mine.get("value") or {}).get("n")
-    change = estimate_text(mine.get("change"))
-    if figure.get("change_kind") == "ratio" and change != NOT_COMPUTED:
-        change = f"× {change}"
+def _row(figure: Mapping[str, Any], adapters: Sequence[str | None]) -> tuple[str, ...]:
+    cells = []
+    for adapter in adapters:
+        mine = figure.get("adapters", {}).get(adapter) or {}
+        change = estimate_text(mine.get("change"))
+        if figure.get("change_kind") == "ratio" and change != NOT_COMPUTED:
+            change = f"× {change}"
+        cells += [estimate_text(mine.get("value")), change]
     # Where no real image could have such a figure (a grid prompt has no photograph), the cell is empty, not missing.
     real = "" if figure.get("real") is None else estimate_text(figure["real"])
-    baseline, aligned = estimate_text(figure.get("baseline")), estimate_text(mine.get("value"))
-    return (
-        _text(figure["label"]) + _better(figure),
-        real,
-        baseline,
-        aligned,
-        change,
-        NOT_COMPUTED if n is None else str(n),
-    )
+    return (_text(figure["label"]) + _better(figure), real, estimate_text(figure.get("baseline")), *cells, _n(figure))
 
 
 def _better(figure: Mapping[str, Any]) -> str:
