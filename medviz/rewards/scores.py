@@ -76,8 +76,15 @@ def _scores(
         if name in asked:
             rows[head.label] = torch.sigmoid(logits[:, index])
         elif name in parsed.targets and head.group is None:
-            rows[f"No {head.label.lower()}"] = torch.sigmoid(-logits[:, index])
+            rows[_denied(head.label)] = torch.sigmoid(-logits[:, index])
     return [Score(name, role, _figure(values, 0), _figure(values, 1)) for name, values in rows.items()]
+
+
+def _denied(label: str) -> str:
+    """ "Hair" as "No hair", "PA view" as "No PA view", "No finding" as "Some finding"."""
+    if label.startswith("No "):
+        return f"Some {label[3:]}"
+    return f"No {label if label[:2].isupper() or label[-2:].isdigit() else label[0].lower() + label[1:]}"
 
 
 def _figure(values: torch.Tensor, index: int) -> float | None:

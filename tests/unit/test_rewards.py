@@ -289,5 +289,11 @@ def test_a_report_s_parts_have_a_row_each_where_the_prompt_speaks_of_them(model_
     assert set(parts) == {f"{part.capitalize()} consistency" for part in (*domain.aspects, "report")}
     means = [value for name, value in parts.items() if name != "Report consistency"]
     assert parts["Report consistency"] == pytest.approx(sum(means) / len(means), abs=1e-6)
+    names = {
+        score.name
+        for score in score_images({"judge": judge}, domain, domain.parse("a child, AP view, pneumonia"), [image])
+    }
+    assert "No no finding" not in names
+    assert {"Some finding", "No PA view"} <= names
     assert "View consistency" not in rows(domain.parse("a chest X-ray with pneumonia"))
     assert rows(domain.parse("a picture")) == {}
