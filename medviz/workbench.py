@@ -20,7 +20,7 @@ from PIL import Image
 
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
-from medviz.generation.guidance import Guidance
+from medviz.generation.guidance import GUIDANCE_INTERVAL, Guidance
 from medviz.generation.inversion import attention_on_image
 from medviz.generation.sampling import decode, latent_hw, sample
 from medviz.grounding.anatomy import Segmenter
@@ -120,7 +120,7 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
 
     return Pair(
         **vars(request),
-        models=model_hashes(models.loaded.manifest, request.adapter),
+        models=model_identity(models.loaded.manifest, request.adapter),
         words=words,
         baseline=Drawing(baseline[0], anatomies[0].regions),
         aligned=Drawing(aligned[0], anatomies[1].regions),
@@ -308,8 +308,9 @@ def brightest_box(heat_map: HeatMap, threshold: float) -> tuple[int, int, int, i
     return x, y, x + width, y + height
 
 
-def model_hashes(manifest: Manifest, adapter: str | None) -> dict[str, Any]:
-    """Name what drew and judged: the preset and the sha256 of each part's weights (of their list when sharded)."""
+def model_identity(manifest: Manifest, adapter: str | None) -> dict[str, Any]:
+    """Name what drew and judged: the preset, the sha256 of each part's weights (of their list when sharded), and where
+    guidance holds, without which the same weights and scale draw other pictures."""
     files = {**(manifest.hub.files if manifest.hub is not None else {}), **manifest.files}
     parts: dict[str, list[str]] = {}
     for name, record in sorted(files.items()):
@@ -320,7 +321,8 @@ def model_hashes(manifest: Manifest, adapter: str | None) -> dict[str, Any]:
         part: found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
         for part, found in parts.items()
     }
-    return {"preset": manifest.preset, **hashes}
+    guidance = {name: manifest.recipe[name] for name in GUIDANCE_INTERVAL if name in manifest.recipe}
+    return {"preset": manifest.preset, **guidance, **hashes}
 
 
 def _finite(value: float) -> float | None:

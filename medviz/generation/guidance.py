@@ -17,6 +17,7 @@ import torch
 from medviz.errors import InputError
 
 WHOLE_INTERVAL = (0, 1000)
+GUIDANCE_INTERVAL = ("guidance_interval", "guidance_outside")  # what a recipe says of it beside guidance_scale
 
 
 @dataclass(frozen=True)

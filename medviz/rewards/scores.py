@@ -84,7 +84,7 @@ def _denied(label: str) -> str:
     """ "Hair" as "No hair", "PA view" as "No PA view", "No finding" as "Some finding"."""
     if label.startswith("No "):
         return f"Some {label[3:]}"
-    return f"No {label if label[:2].isupper() or label[-2:].isdigit() else label[0].lower() + label[1:]}"
+    return f"No {label if label[:2].isupper() else label[0].lower() + label[1:]}"
 
 
 def _figure(values: torch.Tensor, index: int) -> float | None:

@@ -17,29 +17,40 @@ prompt says. The coloured maps show where each word of the prompt entered the im
 gaps of their training images. Nothing here may inform a decision about a person.
 
 **How to read the scores.** The reward's networks trained the aligned model, so its reward rises by design. The judge is
-another architecture, trained on other images, and gives alignment no gradient, but it chose which of the trained
-adapters was kept: believe the judge first, and no network for certain. Where a figure could not be computed the table
+another architecture, trained on other images, and gives alignment no gradient, but it helped to choose which adapter
+ships: believe the judge first, and no network for certain. Where a figure could not be computed the table
 says so.
 """
 
 
 def build_about(studio: Studio, domains: list[str], reports: Path) -> None:
-    """Build the tab inside an open gr.Tab. reports: the folder of contact sheets (*.png) and of the tables."""
+    """Build the tab inside an open gr.Tab. reports: the folder of pictures (*.png) and of the tables."""
     gr.Markdown(_INTRODUCTION)
-    for path in sorted(reports.glob("*.png")):
-        gr.Image(
-            str(path),
-            show_label=False,
-            alt_text=path.stem.replace("-", " ").capitalize(),
-            interactive=False,
-            format="png",
-            buttons=["fullscreen", "download"],
-            elem_classes="mv-well",
-        )
+    pictures = sorted(reports.glob("*.png"), key=lambda path: path.stem)  # a domain's default sheet before its others
+    sheets = [path for path in pictures if path.stem.startswith("contact-sheet-")]
+    for path in sheets:
+        _picture(path)
     gr.Markdown(_tables(reports / TABLES_NAME), sanitize_html=True, elem_id="mv-tables")
+    for path in pictures:
+        if path not in sheets:
+            _picture(path)
     for name in domains:
         with gr.Accordion(f"Model card: {DOMAINS[name].label}", open=False):
             gr.Markdown(_card(studio, name), sanitize_html=True)
+
+
+def _picture(path: Path) -> None:
+    title = path.stem.replace("-", " ").replace("_", " ").capitalize()
+    gr.Markdown(f"**{title}**")
+    gr.Image(
+        str(path),
+        show_label=False,
+        alt_text=title,
+        interactive=False,
+        format="png",
+        buttons=["fullscreen", "download"],
+        elem_classes="mv-well",
+    )
 
 
 def _tables(path: Path) -> str:

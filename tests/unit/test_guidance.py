@@ -8,6 +8,8 @@ from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import encode_prompts, initial_latents, noise_pred, sample
 from medviz.grounding.capture import capture
+from medviz.models.manifest import Manifest
+from medviz.workbench import model_identity
 from tests.tiny import make_pipeline
 
 PROMPTS = ["a dermoscopic image with hair", "a dermoscopic image with nevus"]
@@ -81,3 +83,10 @@ def test_steps_outside_the_interval_cost_one_pass_and_their_attention_is_capture
     assert sorted(set(rows)) == [2, 4]
     with capture(pipeline.unet) as maps:
         assert torch.equal(sample(pipeline, PROMPTS, [1, 2], steps=4, guidance_scale=guidance, maps=maps), plain)
+
+
+def test_a_report_names_where_guidance_holds() -> None:
+    recipe = {"guidance_scale": 2.0, "guidance_interval": [0, 700], "guidance_outside": 0.2}
+    told = model_identity(Manifest("dermatology", recipe=recipe), None)
+    assert (told["guidance_interval"], told["guidance_outside"]) == ([0, 700], 0.2)
+    assert "guidance_scale" not in told  # the request's own stands in the report

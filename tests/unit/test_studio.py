@@ -54,6 +54,7 @@ def test_the_report_is_the_documented_json(pair) -> None:
     assert {row["role"] for row in report["scores"]} == {"reward", "judge"}
     assert all(set(row) == {"name", "role", "baseline", "aligned", "higher_is_better"} for row in report["scores"])
     assert len(report["models"]["unet"]) == 64
+    assert "guidance_interval" not in report["models"]  # these models guide throughout
     assert report["models"][f"adapters/{ADAPTER}"] != report["models"]["unet"]
 
 

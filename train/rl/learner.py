@@ -281,16 +281,15 @@ class RlLearner:
     def export(self, folder: Path) -> dict[str, Any]:
         """Write the kept adapter to `folder` and return what the run found, image by image the same prompts and seeds.
 
-        Where no evaluation was eligible, the newest adapter is written and `kept_epoch` is None: only a
-        share of it may ship.
-        With `keep: newest` it is written whatever the looks said.
+        Where no evaluation was eligible, the newest adapter is written and `kept_epoch` is None: no default
+        before a share of it was found that keeps both. With `keep: newest` it is written whatever the looks said.
         """
         kept, baseline = self.watch.best if self.config.keep == "best" else None, self.watch.history[0]
         self.policy.set_weights(self.config.adapter, self.best if kept else self.policy.weights(self.policy.behaviour))
         if kept is None and self.config.keep == "best":
             logger.warning(
-                "no adapter kept its diversity and its distance; the newest one is written: at most a share of it may "
-                "ship, one that keeps both on validation images (adapter_strengths of the assemble recipe)"
+                "no adapter kept its diversity and its distance; the newest one is written: make it no default "
+                "but at a share that keeps both on validation images (adapter_strengths of the assemble recipe)"
             )
         shown = kept or self.watch.history[-1]
         metrics: dict[str, Any] = {
