@@ -15,6 +15,7 @@ from medviz.errors import InputError, MedvizError
 from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.consistency import REPORT, consistency
+from medviz.rewards.likeness import Likeness
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class Drawn:
     """B images and what a reward may look at beside them.
 
     images: (B, 3, H, W) in [-1, 1]. prompts: what was asked of each. classifier: the reward network, never the judge.
-    anatomy: the segmenter, alignment: the contrastive model, aspects: which heads belong to which part of a report
-    (`Domain.aspects`), each for rewards that need it.
+    anatomy: the segmenter, alignment: the contrastive model, likeness: real images and the policy's own, aspects: which
+    heads belong to which part of a report (`Domain.aspects`), each for rewards that need it.
     """
 
     images: torch.Tensor
@@ -49,6 +50,7 @@ class Drawn:
     classifier: AttributeClassifier | None = None
     anatomy: AnatomyNetwork | None = None
     alignment: TextImageNetwork | None = None
+    likeness: Likeness | None = None
     aspects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -98,6 +100,13 @@ def alignment(drawn: Drawn) -> torch.Tensor:
     return drawn.alignment.similarity(drawn.images, [parsed.prompt for parsed in drawn.prompts])
 
 
+def likeness(drawn: Drawn) -> torch.Tensor:
+    """How much more like real images than like the policy's, in [-1, 1]. Raises InputError without either."""
+    if drawn.likeness is None:
+        raise InputError("the likeness reward needs real images and the policy's own")
+    return drawn.likeness.witness(drawn.images)
+
+
 def report_consistency(aspect: str, drawn: Drawn) -> torch.Tensor:
     """One row of :func:`medviz.rewards.consistency.consistency`, in [-1, 1]; NaN where the prompt says nothing of it.
 
@@ -123,6 +132,7 @@ REWARDS: Mapping[str, RewardFunction] = {
     "attribute_paper": attribute_paper,
     "anatomy": anatomy,
     "alignment": alignment,
+    "likeness": likeness,
     "view_consistency": partial(report_consistency, "view"),
     "finding_consistency": partial(report_consistency, "finding"),
     "report_consistency": partial(report_consistency, REPORT),

@@ -9,7 +9,7 @@ diversity and did not move away from real images, is the one exported.
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from train import processes, seeding
 from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
+from train.rl.gallery import Gallery
 from train.rl.looking import Looks, RealImages
 from train.rl.objectives import get_objective
 from train.rl.policy import LoraPolicy, Policy, WholePolicy
@@ -62,8 +63,10 @@ class RlLearner:
         anchor: Anchor | None = None,
         real: RealImages | None = None,
         tracker: Tracker | None = None,
+        gallery: Sequence[str] = (),
     ) -> None:
-        """real: what evaluations are held against, tracker: what is shown some of their images; or None."""
+        """real: what evaluations are held against, tracker: what is shown some of their images; or None. gallery:
+        captions that the likeness reward has drawn, where the scorer looks for likeness."""
         check(config)
         if anchor is None and config.anchor_weight > 0:
             raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
@@ -84,6 +87,10 @@ class RlLearner:
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
         captions = None if real is None else any_prompt_table(pipeline, domain, real.captions)
         features = None if real is None else real.features
+        self.gallery = None
+        if scorer.likeness:
+            drawn = any_prompt_table(pipeline, domain, gallery)
+            self.gallery = Gallery(config, self.drawing, scorer.likeness, drawn)
         self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, captions, tracker)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
         self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
@@ -97,6 +104,7 @@ class RlLearner:
                 ("images an epoch", config.prompts_per_epoch * config.images_per_prompt),
                 ("images a look", len(self.looks.prompts) * config.evaluation_images),
                 *([] if real is None else [("captions of real images", len(real.captions))]),
+                *([("captions drawn for likeness", config.likeness_redrawn)] if self.gallery else []),
             ]
         )
 
@@ -137,6 +145,9 @@ class RlLearner:
         if self.watch.stopped:
             return {"stopped": 1.0}
         figures: dict[str, float] = {}
+        if self.gallery:
+            with self._counted("likeness"):
+                self.gallery.redraw(step)
         if not self.watch.history:
             figures |= self._look(0)
         rollout = self.draw(step)
@@ -258,6 +269,7 @@ class RlLearner:
             "reward": self.scorer.composite.state(),
             "watch": self.watch.state(),
             "looks": self.looks.state(),
+            "gallery": self.gallery.state() if self.gallery else {},
             "failures": self.failures,
             "forwards": dict(self.forwards),
         }
@@ -271,6 +283,8 @@ class RlLearner:
         self.scorer.composite.load_state(state["reward"])
         self.watch.load_state(state["watch"])
         self.looks.load_state(state["looks"])
+        if self.gallery:
+            self.gallery.load_state(state["gallery"])
         self.failures = state["failures"]
         self.forwards = defaultdict(int, state["forwards"])
 

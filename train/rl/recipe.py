@@ -9,7 +9,7 @@ from train.rl.advantages import ADVANTAGES
 from train.rl.objectives import Objective, get_objective
 from train.rl.scoring import refuse_stepped
 
-COMPOSITE = "composite"
+COMPOSITE, LIKENESS = "composite", "likeness"
 TRAINED = ("lora", "full")
 KEPT = ("best", "newest")
 
@@ -33,6 +33,12 @@ class RlConfig(GuidedConfig):
     """The alignment/ folder of a contrastive run's model, for the alignment reward."""
     segmenter: str = ""
     """Folder of the segmenter, for rewards that look at anatomy."""
+    likeness_images: int = 0
+    """Training images of the reward's half that the likeness reward tells pictures from; 0: none, and none are read."""
+    likeness_captions: int = 128
+    """Others of that half whose captions are drawn, so that both show one mix of things."""
+    likeness_redrawn: int = 32
+    """Captions drawn anew each epoch, in turn."""
     judge: str = ""
     """Folder of the classifier that only looks on."""
     autoencoder: str = ""
@@ -150,6 +156,11 @@ class RlConfig(GuidedConfig):
     whatever the looks said, so that the judge has chosen nothing."""
 
 
+def uses_likeness(config: RlConfig) -> bool:
+    """Whether the likeness reward is among those the run is trained on."""
+    return LIKENESS in rewards_of(config)
+
+
 def rewards_of(config: RlConfig) -> dict[str, float]:
     """The rewards a run is trained on and their weights. Raises InputError for a composite without any, or for weights
     that nothing is made of."""
@@ -190,6 +201,12 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
         config.fidelity_images != 0 and config.fidelity_images < 4,
         f"fidelity_images is {config.fidelity_images}; allowed are 0 and at least 4",
     )
+    yield (
+        uses_likeness(config) and min(config.likeness_images, config.likeness_captions) < 4,
+        f"likeness_images is {config.likeness_images} and likeness_captions {config.likeness_captions}; the likeness "
+        "reward needs at least 4 of each",
+    )
+    yield config.likeness_redrawn < 1, f"likeness_redrawn is {config.likeness_redrawn}; allowed are 1 and more"
     yield config.fidelity_captions < 4, f"fidelity_captions is {config.fidelity_captions}; allowed are 4 and more"
     yield (
         config.advantages not in ("", *ADVANTAGES),

@@ -11,6 +11,7 @@ from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.composite import Composite
+from medviz.rewards.likeness import Likeness
 from medviz.rewards.registry import STEPPED, AnatomyNetwork, Drawn, SafeRewards, TextImageNetwork, safe_rewards
 from train import processes
 
@@ -39,14 +40,16 @@ class Scorer:
         classifier: AttributeClassifier | None = None,
         anatomy: AnatomyNetwork | None = None,
         alignment: TextImageNetwork | None = None,
+        likeness: Likeness | None = None,
         aspects: Mapping[str, tuple[str, ...]] | None = None,
         device: str | torch.device = "cpu",
         timeout_s: float = 0.0,
     ) -> None:
         """device: where the networks are; timeout_s: see `safe_rewards`; the rest: see `Drawn` beside it."""
-        self.composite, self.device, self.timeout_s = composite, device, timeout_s
+        self.composite, self.likeness, self.device, self.timeout_s = composite, likeness, device, timeout_s
         self._networks: dict[str, Any] = {
-            "classifier": classifier, "anatomy": anatomy, "alignment": alignment, "aspects": aspects or {},
+            "classifier": classifier, "anatomy": anatomy, "alignment": alignment, "likeness": likeness,
+            "aspects": aspects or {},
         }  # fmt: skip
 
     def rewarded(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt], batch: int) -> Seen:

@@ -21,17 +21,18 @@ from medviz.rewards.alignment import AlignmentNetwork
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.composite import composite
+from medviz.rewards.likeness import Likeness
 from train import processes, seeding
 from train.classifier import HALVES
 from train.config import parse
 from train.datasets.latents import split_latents
 from train.datasets.split import open_split
 from train.diffusion import sample_weights
-from train.evaluate.features import judge_space
+from train.evaluate.features import FeatureSpace
 from train.loop import fit
 from train.rl.learner import RlLearner
 from train.rl.looking import RealImages
-from train.rl.recipe import RlConfig, rewards_of
+from train.rl.recipe import RlConfig, rewards_of, uses_likeness
 from train.rl.safeguards import Anchor, Judge, Opinion
 from train.rl.scoring import Scorer
 from train.tracking import Tracker
@@ -65,13 +66,15 @@ def spare_memory(config: RlConfig, pipeline: StableDiffusionPipeline) -> None:
         vae.enable_slicing()
 
 
-def open_scorer(config: RlConfig, domain: Domain) -> Scorer:
-    """The recipe's reward, with the networks that it names to look through."""
+def open_scorer(config: RlConfig, domain: Domain, real: RealImages | None = None) -> Scorer:
+    """The recipe's reward, with the networks that it names to look through; real: what likeness is told from."""
+    classifier = AttributeClassifier.load(config.reward, config.device) if config.reward else None
     return Scorer(
         composite(rewards_of(config)),
-        classifier=AttributeClassifier.load(config.reward, config.device) if config.reward else None,
+        classifier=classifier,
         anatomy=Segmenter.load(config.segmenter, config.device) if config.segmenter else None,
         alignment=AlignmentNetwork.load(config.contrastive, config.device) if config.contrastive else None,
+        likeness=Likeness(classifier.features, real.features.to(config.device)) if classifier and real else None,
         aspects=domain.aspects,
         device=config.device,
         timeout_s=config.reward_timeout_s,
@@ -115,26 +118,29 @@ def open_anchor(config: RlConfig, pipeline: StableDiffusionPipeline, domain: Dom
     )
 
 
-def open_real(config: RlConfig) -> RealImages:
-    """The judge's features of fidelity_images training images of its own half and captions of fidelity_captions others,
-    a function of the seed.
+def open_real(config: RlConfig, role: str = "judge") -> RealImages:
+    """Training images of the half that the network `role` learnt from, as it sees them, and captions of others.
 
-    Its own half: no image that the reward has learnt from decides which adapter is kept. Raises InputError when the
-    half has fewer.
+    For the judge, what evaluations are held against (fidelity_images, fidelity_captions): its own half, so that no
+    image which the reward has learnt from decides which adapter is kept. For the reward, what the likeness reward
+    tells pictures from (likeness_images, likeness_captions). A function of the seed. Raises InputError when the half
+    has fewer.
     """
+    name, folder = ("fidelity", config.judge) if role == "judge" else ("likeness", config.reward)
+    images_wanted, captions_wanted = (getattr(config, f"{name}_{what}") for what in ("images", "captions"))
     split, domain = open_split(config.domain, "train"), get_domain(config.domain)
-    mine, wanted = np.flatnonzero(split.halves == HALVES["judge"]), config.fidelity_images + config.fidelity_captions
+    mine, wanted = np.flatnonzero(split.halves == HALVES[role]), images_wanted + captions_wanted
     if len(mine) < wanted:
         raise InputError(
-            f"fidelity_images and fidelity_captions are {wanted} together; the judge's half of {config.domain} has "
+            f"{name}_images and {name}_captions are {wanted} together; the {role}'s half of {config.domain} has "
             f"{len(mine)} images"
         )
     order = seeding.numpy_generator(config.seed, "rl-real").permutation(mine)
-    images = split.images(config.size_px, np.sort(order[: config.fidelity_images]).tolist())
-    space = judge_space(AttributeClassifier.load(config.judge, config.device))
+    images = split.images(config.size_px, np.sort(order[:images_wanted]).tolist())
+    space = FeatureSpace(role, f"features of the {role}", AttributeClassifier.load(folder, config.device).features)
     captions = tuple(
         domain.caption(split.records[i], random.Random(seeding.key(config.seed, "rl-real-caption", int(i))))
-        for i in order[config.fidelity_images : wanted]
+        for i in order[images_wanted:wanted]
     )
     features = torch.from_numpy(space.embed(images, batch=config.rollout_batch, device=config.device))
     return RealImages(features, captions)
@@ -150,6 +156,8 @@ def main(arguments: list[str]) -> None:
     spare_memory(config, pipeline)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
     real = open_real(config) if config.fidelity_images else None
-    scorer, judge = open_scorer(config, domain), open_judge(config)
-    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real, tracker), config, tracker)
+    liked = open_real(config, "reward") if uses_likeness(config) else None
+    scorer, judge = open_scorer(config, domain, liked), open_judge(config)
+    captions = liked.captions if liked else ()
+    fit(RlLearner(config, pipeline, domain, scorer, judge, anchor, real, tracker, captions), config, tracker)
     processes.leave()
