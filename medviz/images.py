@@ -11,11 +11,12 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from medviz.dicom import decode_dicom, is_dicom
 from medviz.errors import InputError, ModelError
 from medviz.limits import check_image_size, check_upload_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_ALLOWED = "a PNG, JPEG, WebP, BMP or TIFF file"
+_ALLOWED = "a PNG, JPEG, WebP, BMP, TIFF or DICOM file"
 
 # Everything that Pillow's parsers are known to raise on hostile files. Its own bomb checks come on top of ours.
 _DECODE_ERRORS = (
@@ -47,13 +48,15 @@ def decode_image(source: bytes | Path | Image.Image) -> Image.Image:
     the EXIF header is applied, transparency is laid on white, and of an animation or a stack the first frame is taken.
     Grey values deeper than 8 bits are scaled from the smallest of 8, 10, 12, 14 or 16 bits that holds the brightest
     one, so that 12-bit radiographs in 16-bit files do not come out black; 32-bit and float values from their own range.
+    A DICOM file is shown as medviz.dicom reads it.
 
     Raises InputError for anything that is not a readable image within the limits of medviz.limits, or that shows one
     single colour.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source)
-    with _open(_read(source)) as image:
+    content = _read(source)
+    with decode_dicom(content) if is_dicom(content) else _open(content) as image:
         return _to_rgb(image)
 
 

@@ -17,7 +17,8 @@ from medviz.ui.guard import telling
 _GUIDE = """
 Every endpoint takes the same limits as this page and answers errors in words. `domain` is {domains}; `adapter` is a
 name, empty for the domain's default, or `none` for the baseline. The same request gives the same pixels. PNGs carry the
-label SYNTHETIC and, as PNG text, how they were made.
+label SYNTHETIC and, as PNG text, how they were made. An image that is sent along is a PNG, JPEG, WebP, BMP, TIFF or
+DICOM file.
 
 | endpoint | takes | gives |
 |---|---|---|

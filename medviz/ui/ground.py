@@ -17,7 +17,12 @@ from medviz.ui.guard import telling
 from medviz.ui.result_panel import LIGHT, STATE_LIFETIME_S, Updates
 from medviz.ui.views import Look
 
+_FORMATS = "PNG, JPEG, WebP, BMP, TIFF or DICOM"
 _LIMITS = f"at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_IMAGE_PIXELS // 10**6} megapixels"
+_DICOM = (
+    "A DICOM radiograph or photograph is shown through its own window and, where its header says how it lies, turned "
+    "so that the patient's right is on the image's left; what the header says of the patient is not read."
+)
 _CAVEAT = (
     "The map shows where the *generator* reads the phrase in this image. It is no detector: it also lights up for "
     "findings that are not there, and must not be used for any decision about a patient. *No image* is the same phrase "
@@ -56,7 +61,7 @@ class GroundTab:
         )
         self.adapter = gr.Dropdown(adapter_choices(self.studio, domains[0]), value="", label="Adapter")
         self.find = gr.Button("Find the phrase", variant="primary", elem_id="mv-ground-find")
-        gr.Markdown(f"PNG, JPEG, WebP, BMP or TIFF, {_LIMITS}. {_CAVEAT}", elem_classes="mv-note")
+        gr.Markdown(f"{_FORMATS}, {_LIMITS}. {_DICOM} {_CAVEAT}", elem_classes="mv-note")
 
     def _build_result(self) -> None:
         self.grounding = gr.State(None, time_to_live=STATE_LIFETIME_S)
@@ -75,7 +80,7 @@ class GroundTab:
             self.outlined = gr.Checkbox(False, label="Outline regions", min_width=140)
             self.opacity = gr.Slider(0.1, 1.0, 0.6, step=0.1, label="Overlay opacity", min_width=180)
         self.table = gr.HTML("", elem_id="mv-ground-table")
-        self.box = gr.Textbox(label="Box around the brightest part, in pixels of the upload", interactive=False)
+        self.box = gr.Textbox(label="Box around the brightest part, in pixels of the upright image", interactive=False)
         self.warnings = gr.Textbox(label="Warnings", interactive=False, visible=False, elem_classes="mv-warnings")
 
     def _wire(self) -> None:

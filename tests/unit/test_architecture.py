@@ -32,12 +32,15 @@ LEVELS: dict[str, int] = {
     "medviz.models": 2,
     "medviz.domains": 2,
     "medviz.images": 1,
+    "medviz.dicom": 1,
     "medviz.limits": 1,
     "medviz.errors": 0,
 }
 SAME_LEVEL = {
     ("medviz", "medviz.studio"),
     ("medviz.images", "medviz.limits"),
+    ("medviz.images", "medviz.dicom"),
+    ("medviz.dicom", "medviz.limits"),
     ("medviz.generation", "medviz.grounding"),
     ("medviz.export", "medviz.audit"),
 }
@@ -192,7 +195,7 @@ def test_importing_medviz_is_light() -> None:
     question = (
         "import sys, medviz; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & "
-        "{'gradio', 'train', 'accelerate', 'torch', 'diffusers', 'transformers', 'matplotlib'}))"
+        "{'gradio', 'train', 'accelerate', 'torch', 'diffusers', 'transformers', 'matplotlib', 'pydicom'}))"
     )
     answer = subprocess.run([sys.executable, "-c", question], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
@@ -201,8 +204,8 @@ def test_importing_medviz_is_light() -> None:
 @pytest.mark.skipif(not (ROOT / "medviz" / "studio.py").exists(), reason="medviz/studio.py does not exist")
 def test_importing_the_studio_needs_neither_gradio_nor_training() -> None:
     question = (
-        "import sys, medviz.studio; "
-        "print(sorted({m.split('.')[0] for m in sys.modules} & {'gradio', 'train', 'torchmetrics', 'tyro'}))"
+        "import sys, medviz.studio, medviz.images; "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'gradio', 'train', 'torchmetrics', 'tyro', 'pydicom'}))"
     )
     answer = subprocess.run([sys.executable, "-c", question], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

@@ -62,7 +62,7 @@ def test_a_path_a_byte_string_and_a_pil_image_say_the_same(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", ["GIF", "PPM", "ICO"])
 def test_other_formats_are_refused(form: str) -> None:
-    with pytest.raises(InputError, match="PNG, JPEG, WebP, BMP or TIFF"):
+    with pytest.raises(InputError, match="PNG, JPEG, WebP, BMP, TIFF or DICOM"):
         decode_image(encoded(noise(), form))
 
 

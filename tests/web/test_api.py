@@ -10,6 +10,7 @@ from PIL import Image
 
 from medviz import Studio
 from medviz.models.adapters import zero_adapter
+from tests.dicoms import SECRET, dicom
 from tests.tiny import ADAPTER
 from tests.web.conftest import STEPS
 
@@ -129,6 +130,27 @@ def test_a_real_image_is_grounded_and_scored(client: Client, photo: Path) -> Non
     scores = client.predict("dermatology", handle_file(photo), PROMPTS["dermatology"], api_name="/score")["scores"]
     assert {row["role"] for row in scores} == {"reward", "judge"}
     assert all(set(row) == {"name", "role", "value", "higher_is_better"} for row in scores)
+
+
+def test_a_dicom_file_is_grounded_and_scored_as_its_picture_is(client: Client, tmp_path: Path) -> None:
+    stored = np.add.outer(np.arange(80), np.arange(96)).astype(np.uint8)
+    picture, radiograph, slice_ = (tmp_path / name for name in ("chest.png", "chest.dcm", "slice.dcm"))
+    Image.fromarray(stored).save(picture)
+    radiograph.write_bytes(dicom(np.ascontiguousarray(stored[:, ::-1]), PatientOrientation=["R", "F"]))
+    slice_.write_bytes(dicom(Modality="CT"))
+    for name, phrase in (("/ground", ("lung opacity", "")), ("/score", (PROMPTS["radiology"],))):
+        png, dcm = (
+            client.predict("radiology", handle_file(path), *phrase, api_name=name) for path in (picture, radiograph)
+        )
+        if name == "/ground":
+            assert (pixels(png[0]) == pixels(dcm[0])).all()
+            with Image.open(dcm[0]) as image:
+                assert image.info == {}, "nothing of the file's header is handed on"
+            png, dcm = png[1], dcm[1]
+        assert png == dcm
+        with pytest.raises(AppError, match="modality 'CT'; allowed") as caught:
+            client.predict("radiology", handle_file(slice_), *phrase, api_name=name)
+        assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize(
