@@ -1,4 +1,4 @@
-# make run | test | test-slow | test-gpu | check | bench | experiments | train-dermatology | train-radiology
+# make run | test | test-slow | test-gpu | check | bench | experiments | restore | train-dermatology | train-radiology
 # Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments format report clean train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments format report restore clean train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
@@ -23,6 +23,7 @@ help:
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, about ten minutes on two idle cores"
 	@echo "make experiments         methods at one budget, synthetic pictures as augmentation: two hours on two idle cores"
+	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
 	@echo "make train-radiology"
 
@@ -82,10 +83,8 @@ runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.js
 endef
 
 # The stage that finishes a generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then for
-# what captions say (coarse), dermatology once more (longer); the gpu preset does all in one.
-LAST-dermatology := longer
-LAST-radiology := coarse
-GENERATOR = $(if $(filter cpu,$(PRESET)),$(LAST-$(1)),diffusion)
+# what captions say (coarse, longer); the gpu preset does all in one.
+GENERATOR = $(if $(filter cpu,$(PRESET)),longer,diffusion)
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
@@ -97,7 +96,7 @@ $(if $(filter cpu,$(PRESET)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffus
 
 $(if $(filter cpu,$(PRESET)),$(call stage,diffusion,coarse-$(1)-$(PRESET),refine-$(1)-$(PRESET)))
 
-$(if $(filter longer,$(GENERATOR)),$(call stage,diffusion,longer-$(1)-$(PRESET),coarse-$(1)-$(PRESET)))
+$(if $(filter cpu,$(PRESET)),$(call stage,diffusion,longer-$(1)-$(PRESET),coarse-$(1)-$(PRESET)))
 
 $(call stage,classifier,reward-$(1)-$(PRESET),)
 
@@ -129,6 +128,9 @@ experiments: $(VENV)/.bench
 	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
 	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
 	$(BIN)/python -m train report
+
+restore: setup-dev
+	$(foreach name,dermatology radiology,$(BIN)/python -m train restore train/recipes/assemble-$(name)-$(PRESET).yaml &&) true
 
 report: setup-dev
 	$(BIN)/python -m train report

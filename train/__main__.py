@@ -15,12 +15,17 @@ STAGES = {
     "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),
     "anatomy_prompts": ("train.anatomy_prompts", "words of places learn to look at their place"),
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
-    "evaluate": ("train.evaluate", "fidelity, alignment, diversity, memorisation; contact sheets"),
+    "evaluate": (
+        "train.evaluate",
+        "fidelity, alignment, diversity, memorisation; `evaluate grounding`: where phrases look",
+    ),
+    "choose": ("train.evaluate.choose", "guidance scale and share of an adapter, on validation captions"),
     "methods": ("train.experiments.methods", "reinforcement learning methods side by side, at one budget"),
     "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
     "bench": ("train.benchmarks", "side-by-side measurements"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),
+    "restore": ("train.restore", "the runs of a model folder, to go on from what ships"),
     "examples": ("train.examples", "stored pairs for the app's first screen, from the assembled models"),
     "report": ("train.evaluate.report", "tables of README and About from assets/reports"),
 }

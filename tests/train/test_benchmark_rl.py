@@ -18,10 +18,14 @@ from train.benchmarks.rl.task import Meter, redness
 
 CONFIG = benchmark.RlBenchmark(
     out="", picture="", peer=False, seeds=(3,), epochs=2, warmup=1, images_per_prompt=2, batch=8, steps=2, threads=1,
-    evaluation_images=2, base_steps=1,
+    evaluation_images=2, base_steps=1, compile=False,
 )  # fmt: skip
 IMAGES, GUIDED = 16, 2
-ROWS = {"ddpo": 2 * IMAGES * CONFIG.steps * GUIDED, "forward": IMAGES * (CONFIG.steps * GUIDED + 3 * 2)}
+ROWS = {
+    "ddpo": 2 * IMAGES * CONFIG.steps * GUIDED,
+    "forward": IMAGES * (CONFIG.steps * GUIDED + 3 * 2),
+    "draft": IMAGES * (CONFIG.steps * GUIDED + GUIDED),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +52,11 @@ def test_the_command_reports_both_methods_with_their_costs(tmp_path, monkeypatch
     monkeypatch.setattr(benchmark, "run_side", in_this_program)
     drawn = importlib.util.find_spec("matplotlib") is not None
     options = {**vars(CONFIG), "out": tmp_path / "bench.json", "picture": tmp_path / "bench.png" if drawn else ""}
-    options.pop("peer"), options.pop("seeds")
+    options.pop("peer"), options.pop("seeds"), options.pop("compile")
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    main(["rl", "--no-peer", "--seeds", "3", "4", *flags])
+    main(["rl", "--no-peer", "--no-compile", "--seeds", "3", "4", *flags])
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["command"].startswith("python -m train bench rl --no-peer --seeds 3 4")
+    assert found["command"].startswith("python -m train bench rl --no-peer --no-compile --seeds 3 4")
     assert found["against_peer"] is None
     assert found["versions"]["ddpo"]["torch"] == torch.__version__
     for name, rows in ROWS.items():
@@ -62,11 +66,11 @@ def test_the_command_reports_both_methods_with_their_costs(tmp_path, monkeypatch
         assert method["unet_rows_per_image"]["value"] == rows / IMAGES
         assert method["images_per_s"]["n"] == method["curve"][0]["reward"]["n"] == 2
         assert 0 < method["peak_mib"]["value"] < 2**20
-    # Both start as the base: the first look is at the same images.
+    # All start as the base: the first look is at the same images.
     first = [found["methods"][name]["curve"][0]["reward"] for name in ROWS]
-    assert first[0] == first[1]
+    assert first[0] == first[1] == first[2]
     assert found["methods"]["ddpo"]["curve"][2]["reward"] != first[0]
-    assert found["efficiency"][0]["reference"] == "ddpo"
+    assert [(e["method"], e["reference"]) for e in found["efficiency"]] == [("forward", "ddpo"), ("draft", "ddpo")]
     assert (tmp_path / "bench.png").is_file() == drawn
 
 
@@ -195,4 +199,4 @@ def test_a_missing_peer_names_the_ways_out(monkeypatch):
 def test_methods_take_turns_in_going_first():
     config = replace(CONFIG, peer=True, seeds=(5, 6, 7))
     first = [benchmark.works(config, "", seed)[0].method for seed in config.seeds]
-    assert sorted(first) == ["ddpo", "forward", "trl"]
+    assert first == ["trl", "ddpo", "forward"]

@@ -54,13 +54,19 @@ def placed_findings(split: Split, atlas: Atlas, *, notes: bool = True) -> list[P
     return found
 
 
-def _of_boxes(index: int, found: list[dict], atlas: Atlas) -> Iterator[PlacedFinding]:
+def placed_boxes(found: list[dict], atlas: Atlas) -> Iterator[tuple[dict, str, tuple[str, ...]]]:
+    """Each box of an image that marks a finding, with the finding's word and how prompts may word where it lies."""
     for box in found:
         for finding in PUBLISHED.get(str(box["label"]).lower(), ()):
             if finding == HEART_FINDING:
-                yield PlacedFinding(index, finding, wordings_of((HEART,)), "box")
+                yield box, finding, wordings_of((HEART,))
             elif finding not in UNPLACED:
-                yield PlacedFinding(index, finding, _box_wordings(box, atlas), "box")
+                yield box, finding, _box_wordings(box, atlas)
+
+
+def _of_boxes(index: int, found: list[dict], atlas: Atlas) -> Iterator[PlacedFinding]:
+    for _, finding, wordings in placed_boxes(found, atlas):
+        yield PlacedFinding(index, finding, wordings, "box")
 
 
 def _box_wordings(box: dict, atlas: Atlas) -> tuple[str, ...]:

@@ -1,9 +1,17 @@
-"""What the models are worth: fidelity, alignment, diversity, memorisation, each with n and a 95 % interval."""
+"""What the models are worth: fidelity, alignment, diversity, memorisation, each with n and a 95 % interval.
+
+And, as `evaluate grounding`, where phrases look in real images.
+"""
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m train evaluate RECIPE [overrides]`."""
+    """`python -m train evaluate RECIPE [overrides]`, or `python -m train evaluate grounding RECIPE [overrides]`."""
     # The report stage imports this package and has no need of torch.
+    if arguments and arguments[0] == "grounding":
+        from train.evaluate.grounding.stage import main as evaluate_grounding
+
+        evaluate_grounding(arguments[1:])
+        return
     from train.evaluate.stage import main as evaluate
 
     evaluate(arguments)

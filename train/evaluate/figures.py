@@ -33,7 +33,8 @@ class Figure:
     on) or None. prompts: "grid" (the fixed prompts, several seeds each) or "captions" (one image a real caption).
     space: name of the feature space, None where there is none. real: the figure of real images, the floor or ceiling.
     aligned, change: adapter -> figure; a change is aligned minus baseline, or aligned over baseline for a ratio.
-    headline: stands in the README's table. counts: how many images a figure's parts rest on.
+    headline: stands in the README's table. counts: how many images a figure's parts rest on. table: heading of the
+    table that a report with several arms shows it in, empty where its group has one table.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Figure:
     headline: bool = False
     note: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
+    table: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; an estimate that is missing is null, which a table shows as "not computed"."""
@@ -58,6 +60,7 @@ class Figure:
             "name": self.name,
             "label": self.label,
             "group": self.group,
+            "table": self.table,
             "role": self.role,
             "prompts": self.prompts,
             "feature_space": self.space,

@@ -92,27 +92,32 @@ def _heading(report: Mapping[str, Any]) -> str:
 def _arm_tables(report: Mapping[str, Any]) -> list[str]:
     """Lines of one table a group of headline figures, with all arms; the others are held against the first.
 
-    `rows` of the report says whether arms or figures are the rows.
+    A group whose figures name tables has one for each of these. `rows` of the report says whether arms or figures are
+    the rows.
     """
     shown = [figure for figure in report["figures"] if figure.get("headline")]
     lines: list[str] = []
-    for group in dict.fromkeys(figure["group"] for figure in shown):
-        figures = [figure for figure in shown if figure["group"] == group]
+    for group in dict.fromkeys(map(_table, shown)):
+        figures = [figure for figure in shown if _table(figure) == group]
         with_real = any(figure.get("real") is not None for figure in figures)
         names = [*(["real images"] if with_real else []), *(_text(arm["label"]) for arm in report["arms"])]
         cells = [_arm_cells(figure, report["arms"], with_real) for figure in figures]
         labels = [_text(figure["label"]) + _better(figure) for figure in figures]
         if report.get("rows") == "arms":
             header = [
-                str(group).capitalize(),
+                group,
                 *(f"{label}, n {_n(f)}" for label, f in zip(labels, figures, strict=True)),
             ]
             rows = [[name, *column] for name, column in zip(names, zip(*cells, strict=True), strict=True)]
         else:
-            header = [str(group).capitalize(), *names, "n"]
+            header = [group, *names, "n"]
             rows = [[label, *row, _n(f)] for label, row, f in zip(labels, cells, figures, strict=True)]
         lines += ["", _line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
     return lines
+
+
+def _table(figure: Mapping[str, Any]) -> str:
+    return _text(figure.get("table") or str(figure["group"]).capitalize())
 
 
 def _arm_cells(figure: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], with_real: bool) -> list[str]:

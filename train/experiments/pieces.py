@@ -56,6 +56,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(writing, path)
 
 
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as a compressed .npz, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".writing-{path.name}")
+    with writing.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    os.replace(writing, path)
+
+
 def plain(values: Iterable[float]) -> list[float | None]:
     """Numbers for JSON, None where one is not finite."""
     return [float(value) if np.isfinite(value) else None for value in values]

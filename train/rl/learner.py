@@ -85,13 +85,13 @@ class RlLearner:
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
-        captions = None if real is None else any_prompt_table(pipeline, domain, real.captions)
+        compared = None if real is None else any_prompt_table(pipeline, domain, real.captions)
         features = None if real is None else real.features
         self.gallery = None
         if scorer.likeness:
             drawn = any_prompt_table(pipeline, domain, gallery)
             self.gallery = Gallery(config, self.drawing, scorer.likeness, drawn)
-        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, captions, tracker)
+        self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, compared, tracker)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
         self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
         self.best: dict[str, torch.Tensor] = {}
@@ -120,6 +120,7 @@ class RlLearner:
             alpha=config.lora_alpha,
             convolutions=config.lora_convolutions,
             averaged=averaged,
+            start=config.lora_start,
             seed=config.seed,
         )
 

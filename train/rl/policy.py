@@ -21,6 +21,9 @@ from train.diffusion import SHARD_BYTES
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2")
 KIND_UNET = "unet"
+STARTS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian"}
+"""What LoRA's A starts from, B being 0: PEFT's Kaiming-uniform, or a Gaussian of spread 1 / rank (LoRA, arXiv
+2106.09685), which at small ranks is several times wider, so that the same learning rate goes that much further."""
 
 
 class Policy(ABC):
@@ -83,9 +86,11 @@ class LoraPolicy(Policy):
         alpha: float,
         convolutions: bool = False,
         averaged: bool = False,
+        start: str = "kaiming",
         seed: int = 0,
     ) -> None:
-        """rank, alpha: of LoRA, whose change is scaled by alpha / rank; convolutions: also on the residual blocks' 3x3.
+        """rank, alpha: of LoRA, whose change is scaled by alpha / rank; convolutions: also on the residual blocks' 3x3;
+        start: see STARTS.
 
         Raises InputError when the unet already holds an adapter of that name.
         """
@@ -98,9 +103,8 @@ class LoraPolicy(Policy):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the average beside the policy is meant
             for adapter in dict.fromkeys((self.behaviour, name)):
                 torch.manual_seed(seeding.key(seed, "rl", "weights"))
-                unet.add_adapter(
-                    LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), adapter
-                )
+                options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=STARTS[start])
+                unet.add_adapter(options, adapter)
         unet.set_adapter(name)
         for adapter in dict.fromkeys((self.behaviour, name)):
             for weight in self._live(adapter).values():

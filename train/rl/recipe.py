@@ -7,6 +7,7 @@ from medviz.errors import InputError
 from train.config import GuidedConfig
 from train.rl.advantages import ADVANTAGES
 from train.rl.objectives import Objective, get_objective
+from train.rl.policy import STARTS
 from train.rl.scoring import refuse_stepped
 
 COMPOSITE, LIKENESS = "composite", "likeness"
@@ -105,8 +106,12 @@ class RlConfig(GuidedConfig):
     rank: int = 16
     """Of LoRA, on the attention projections."""
     lora_alpha: float = 16.0
+    lora_start: str = "kaiming"
+    """What LoRA's first factor starts from: kaiming, or gaussian, which at small ranks goes further at equal rate."""
     lora_convolutions: bool = False
     """LoRA on the residual blocks' convolutions as well."""
+    compile: bool = False
+    """torch.compile the UNet: minutes of compiling at first, then faster, the more so the smaller the UNet is."""
     bf16: bool = False
     """The UNet's passes in bf16 by autocast; weights, optimiser, losses and log-probs stay fp32."""
     gradient_checkpointing: bool = False
@@ -190,6 +195,7 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     yield config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"
     yield config.train_what not in TRAINED, f"no train_what {config.train_what!r}; allowed are {', '.join(TRAINED)}"
     yield config.reward_timeout_s < 0, f"reward_timeout_s is {config.reward_timeout_s}; allowed are 0 and more"
+    yield config.lora_start not in STARTS, f"no lora_start {config.lora_start!r}; allowed are {', '.join(STARTS)}"
     yield config.keep not in KEPT, f"no keep {config.keep!r}; allowed are {', '.join(KEPT)}"
     yield not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"
     yield (

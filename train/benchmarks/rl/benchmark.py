@@ -32,12 +32,12 @@ from train.benchmarks.rl.task import Work
 ROOT = Path(__file__).resolve().parents[3]
 DOMAIN = "dermatology"
 PEER = "trl"
+METHODS = ("ddpo", "forward", "draft")
 FORMAT_VERSION = 1
 DIFFERENCES = (
-    "LoRA starts from the peer's Gaussian A (spread 1/rank) there, from Kaiming-uniform A here; B is 0 in both",
     "the peer shuffles timesteps within each image and trains timestep by timestep; here all images of an update share "
     "the order of timesteps, and the gradient is the same sum",
-    "the UNet's memory format is the default there, channels last here",
+    "the UNet runs eagerly in the default memory format there, compiled and channels last here (--no-compile: eagerly)",
     "the learner's looks and safeguards are off: the peer has none",
 )
 
@@ -75,8 +75,12 @@ class RlBenchmark:
     """Of both ddpo methods."""
     forward_learning_rate: float = 3e-3
     forward_updates: int = 4
+    draft_learning_rate: float = 3e-3
+    draft_updates: int = 4
     timesteps_per_image: int = 3
     """Noise levels of each image that the forward method trains on."""
+    compile: bool = True
+    """Compile the UNet of our methods; it happens in the warm-up, whose seconds are reported apart."""
     evaluation_images: int = 4
     """Images of each prompt in a look."""
     threads: int = 2
@@ -87,12 +91,15 @@ class RlBenchmark:
 def works(config: RlBenchmark, base: str, seed: int) -> list[Work]:
     """The requests of one seed; who goes first rotates with the seed."""
     statistics = {"statistics_size": 32, "statistics_minimum": 16}
-    ddpo: dict[str, float] = {"advantage_clip": 5.0, "clip_range": config.clip_range, **statistics}
-    forward: dict[str, float] = {"advantage_clip": 3.0, "timesteps_per_image": config.timesteps_per_image}
+    # the peer's start of LoRA, so that no side has another
+    ours: dict[str, float | str] = {"lora_start": "gaussian", "compile": config.compile}
+    ddpo: dict[str, float | str] = {"advantage_clip": 5.0, "clip_range": config.clip_range, **statistics}
+    forward = {"advantage_clip": 3.0, "timesteps_per_image": config.timesteps_per_image}
     methods = {
         **({PEER: (config.learning_rate, config.updates, ddpo)} if config.peer else {}),
-        "ddpo": (config.learning_rate, config.updates, ddpo),
-        "forward": (config.forward_learning_rate, config.forward_updates, forward),
+        "ddpo": (config.learning_rate, config.updates, ours | ddpo),
+        "forward": (config.forward_learning_rate, config.forward_updates, ours | forward),
+        "draft": (config.draft_learning_rate, config.draft_updates, ours),
     }
     made = [
         Work(
@@ -191,12 +198,12 @@ def measure(config: RlBenchmark) -> dict[str, Any]:
         for work in tqdm(requests, unit="run", dynamic_ncols=True):
             python = config.peer_python if work.method == PEER and config.peer_python else sys.executable
             answers.setdefault(work.method, []).append(run_side(work, Path(place), python))
-    order = {name: answers[name] for name in (PEER, "ddpo", "forward") if name in answers}
+    order = {name: answers[name] for name in (PEER, *METHODS) if name in answers}
     images = config.prompts_per_epoch * config.images_per_prompt
     return {
         "format_version": FORMAT_VERSION,
         "kind": "benchmark",
-        "title": "Reinforcement learning: our DDPO beside TRL's, our forward-process method beside both",
+        "title": "Reinforcement learning: our DDPO beside TRL's, our other methods beside both",
         "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "picture", "peer_python")},
         "unet_parameters": parameters,
         "reward": "redness: mean red less the mean of green and blue, of images in [0, 1]",

@@ -17,7 +17,7 @@ from train.rl.learner import RlLearner
 from train.rl.recipe import RlConfig
 from train.rl.safeguards import Opinion
 from train.rl.scoring import Scorer
-from train.rl.trainer import open_pipeline
+from train.rl.trainer import compile_unet, open_pipeline
 
 DOMAIN = "dermatology"
 
@@ -33,6 +33,7 @@ def recipe(work: Work) -> RlConfig:
     methods: dict[str, dict[str, Any]] = {
         "ddpo": {"timesteps_per_image": 0, "timestep_spacing": "leading"},
         "forward": {},
+        "draft": {"timesteps_per_image": 0, "draft_steps": 1},
     }
     return RlConfig(
         out="",
@@ -69,7 +70,10 @@ def learner(work: Work) -> RlLearner:
     """The learner on the pipeline of `work`; it has no judge, so only its epochs can be run, not its looks."""
     scorer = Scorer(Composite({"redness": _reward}, {"redness": 1.0}))
     domain = narrowed(get_domain(DOMAIN), work.prompts)
-    return RlLearner(recipe(work), open_pipeline(work.base, "cpu"), domain, scorer, _no_judge)
+    config, pipeline = recipe(work), open_pipeline(work.base, "cpu")
+    if config.compile:
+        compile_unet(pipeline)
+    return RlLearner(config, pipeline, domain, scorer, _no_judge)
 
 
 def opened(work: Work) -> Side:

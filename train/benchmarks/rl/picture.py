@@ -6,8 +6,8 @@ from typing import Any
 
 from medviz.errors import InputError
 
-LABELS = {"trl": "TRL DDPO", "ddpo": "our DDPO", "forward": "our forward-process method"}
-COLOURS = {"trl": "#8c6d46", "ddpo": "#3b6fb6", "forward": "#b6433b"}
+LABELS = {"trl": "TRL DDPO", "ddpo": "our DDPO", "forward": "our forward-process method", "draft": "our DRaFT-1"}
+COLOURS = {"trl": "#8c6d46", "ddpo": "#3b6fb6", "forward": "#b6433b", "draft": "#3f8f5b"}
 AXES = {"queries": "reward queries (images)", "unet_rows": "UNet forwards (latents, guidance counts twice)"}
 
 

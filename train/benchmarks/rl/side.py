@@ -16,6 +16,7 @@ from train.benchmarks.rl.task import Work, measured, peak_bytes
 OPENERS = {
     "ddpo": "train.benchmarks.rl.ours",
     "forward": "train.benchmarks.rl.ours",
+    "draft": "train.benchmarks.rl.ours",
     "trl": "train.benchmarks.rl.peer",
 }
 

@@ -34,6 +34,7 @@ def speed(answer: Mapping[str, Any], images: int, warmup: int) -> dict[str, floa
         "rows_with_gradient_per_image": middle("rows_with_gradient") / images,
         "sample_s_per_image": middle("sample_s") / images,
         "train_s_per_image": middle("train_s") / images,
+        "warmup_s": sum(epoch["sample_s"] + epoch["train_s"] for epoch in answer["epochs"][:warmup]),
         "peak_mib": answer["peak_bytes"] / 2**20,
         "peak_over_imports_mib": (answer["peak_bytes"] - answer["ready_bytes"]) / 2**20,
     }
@@ -108,7 +109,7 @@ def curve(answers: Sequence[Mapping[str, Any]], images: int) -> list[dict[str, A
 
 
 def summary(answers: Answers, images: int, warmup: int) -> dict[str, Any]:
-    """All figures: each method's own, ours against the peer's, and what our best method spends."""
+    """All figures: each method's own, ours against the peer's, and what our other methods spend."""
     speeds = {name: [speed(one, images, warmup) for one in found] for name, found in answers.items()}
     methods = {
         name: {
@@ -121,7 +122,10 @@ def summary(answers: Answers, images: int, warmup: int) -> dict[str, Any]:
     if "trl" in answers:
         found["against_peer"] = _against(answers, speeds, "ddpo", "trl")
     found["efficiency"] = [
-        efficiency(answers, "forward", reference, images) for reference in ("ddpo", "trl") if reference in answers
+        efficiency(answers, method, reference, images)
+        for method in ("forward", "draft")
+        for reference in ("ddpo", "trl")
+        if reference in answers and method in answers
     ]
     return found
 

@@ -48,7 +48,7 @@ class Work:
     learning_rate: float
     evaluation_images: int
     threads: int
-    learning: Mapping[str, float]
+    learning: Mapping[str, float | str]
 
     @property
     def images(self) -> int:

@@ -1,0 +1,69 @@
+"""Guidance scale and share of an adapter on validation captions: the same pictures as a model assembled so draws."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from medviz.errors import InputError
+from tests import tiny
+from tests.train.test_evaluate_stage import write_split
+from train.evaluate.choose import ChooseConfig, choose, main
+
+
+@pytest.fixture
+def config(model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChooseConfig:
+    write_split(tmp_path / "images" / "dermatology", "validation", 20, seed=2)
+    monkeypatch.setenv("MEDVIZ_DATA", str(tmp_path / "images"))
+    models = model_root / "dermatology"
+    aside = shutil.ignore_patterns("adapters", "rewards", "judge", "segmenter", "*.md", "manifest.json")
+    shutil.copytree(models, tmp_path / "pipeline", ignore=aside)
+    return ChooseConfig(
+        out=str(tmp_path / "run"),
+        pipeline=str(tmp_path / "pipeline"),
+        adapter=str(models / "adapters" / tiny.ADAPTER),
+        judge=str(models / "judge"),
+        features=str(models),
+        guidance_scales=(1.0, 2.0),
+        strengths=(0.5, 1.0),
+        captions=6,
+        steps=2,
+        batch=4,
+        report=str(tmp_path / "choice.json"),
+    )
+
+
+def test_every_combination_stands_beside_the_baseline_at_its_own_scale(config: ChooseConfig) -> None:
+    report = choose(config)
+    assert json.loads(Path(config.report).read_text()) == json.loads((Path(config.out) / "choice.json").read_text())
+    places = [(row["guidance_scale"], row["strength"]) for row in report["rows"]]
+    assert places == [(scale, strength) for scale in (1.0, 2.0) for strength in (0.0, 0.5, 1.0)]
+    figures = dict(zip(places, report["rows"], strict=True))
+    for scale in (1.0, 2.0):
+        assert figures[scale, 0.0]["accuracy_change"]["value"] == 0.0
+        assert figures[scale, 0.0]["kernel_distance_change_judge"]["value"] == 0.0
+        whole, half = (figures[scale, strength]["kernel_distance_judge"]["value"] for strength in (1.0, 0.5))
+        assert len({whole, half, figures[scale, 0.0]["kernel_distance_judge"]["value"]}) == 3
+        change = figures[scale, 1.0]["kernel_distance_change_judge"]["value"]
+        assert change == pytest.approx(whole - figures[scale, 0.0]["kernel_distance_judge"]["value"])
+    assert figures[1.0, 0.0]["kernel_distance_judge"] != figures[2.0, 0.0]["kernel_distance_judge"]
+    assert report["real"]["accuracy"]["n"] == report["captions"] == 6
+    assert report["reference"] == 14
+
+
+def test_pictures_already_drawn_are_found_again(config: ChooseConfig) -> None:
+    first = choose(config)
+    drawn = {path: path.stat().st_mtime_ns for path in Path(config.out).glob("pictures/*/images-*.npz")}
+    assert choose(config) == first
+    assert drawn == {path: path.stat().st_mtime_ns for path in Path(config.out).glob("pictures/*/images-*.npz")}
+    assert len(drawn) == 2 * 3 * 2  # scales, shares with the baseline, batches
+
+
+def test_a_choice_of_nothing_and_a_share_of_too_much_are_refused(config: ChooseConfig, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"out: {config.out}\nadapter: ''\n")
+    with pytest.raises(InputError, match="needs an adapter"):
+        main([str(tmp_path / "recipe.yaml")])
+    config.strengths = (1.5,)
+    with pytest.raises(InputError, match="at most 1"):
+        choose(config)

@@ -1,0 +1,153 @@
+"""`python -m train choose RECIPE`: what each guidance scale and each share of an adapter's change is worth.
+
+Alignment does part of guidance's work: too much of either pushes pictures beyond what real ones look like, so the two
+are chosen together, for the model that ships, on captions of validation images. The assembly recipe takes what is
+chosen here (`guidance_scale`, `adapter_strengths`); test images have no say in it.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from medviz.domains import get_domain
+from medviz.errors import InputError
+from medviz.models.adapters import load_lora
+from medviz.models.manifest import hash_file
+from medviz.rewards.classifier import AttributeClassifier
+from train.assemble import weaken
+from train.config import GuidedConfig, parse
+from train.datasets.split import open_split
+from train.evaluate.alignment import agreement
+from train.evaluate.features import independent_space, judge_space
+from train.evaluate.fidelity import kernel_distance, kernel_distance_change
+from train.evaluate.generated import caption_request, generate
+from train.evaluate.measure import BASELINE
+from train.evaluate.stage import RealImages, readings, real_images
+from train.evaluate.statistics import mean_interval, paired_difference
+from train.rl.trainer import open_pipeline
+
+
+@dataclass
+class ChooseConfig(GuidedConfig):
+    """Options of the choose stage; `guidance_scale` is left to `guidance_scales`."""
+
+    steps: int = 20
+    """Denoising steps of a picture."""
+    domain: str = "dermatology"
+    pipeline: str = ""
+    """Folder of the generator; its autoencoder is `autoencoder` where that is named."""
+    adapter: str = ""
+    """Folder of the LoRA adapter."""
+    judge: str = ""
+    features: str = ""
+    """Folder that holds features/, the second feature space."""
+    guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
+    strengths: tuple[float, ...] = (0.5, 1.0)
+    """Shares of the adapter's change, above 0 and at most 1; none of it, the baseline, is always measured."""
+    captions: int = 192
+    """Validation images whose captions are drawn once each (at most half of the split)."""
+    batch: int = 16
+    """Pictures drawn at a time."""
+    report: str = ""
+    """JSON file to write beside the one in `out`; empty: none."""
+
+
+def choose(config: ChooseConfig) -> dict[str, Any]:
+    """Draw and measure every combination; returns the report that was written.
+
+    Raises InputError for a strength out of range, ModelError for a pipeline that is missing.
+    """
+    domain, place = get_domain(config.domain), Path(config.out)
+    pipeline = open_pipeline(config.pipeline, config.device)
+    size_px = int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
+    real = real_images(open_split(config.domain, "validation"), domain, config.captions, size_px, config.seed)
+    names = {0.0: None} | {strength: f"share{round(1000 * strength)}" for strength in sorted(config.strengths)}
+    files = {str(path.relative_to(config.pipeline)): hash_file(path) for path in Path(config.pipeline).rglob("*.*")}
+    with tempfile.TemporaryDirectory() as aside:
+        for strength, name in names.items():
+            if name is not None:
+                folder = Path(aside) / name
+                shutil.copytree(config.adapter, folder)
+                weaken(folder, strength)
+                files |= {f"adapters/{name}/{path.name}": hash_file(path) for path in folder.glob("*.safetensors")}
+                load_lora(pipeline.unet, folder, name)
+    measured = _Measured(config, real)
+    rows = []
+    for scale in tqdm(config.guidance_scales, unit="scale"):
+        request = caption_request(
+            real.captions, config.seed, config.steps, replace(config, guidance_scale=scale).guidance
+        )
+        drawn = {
+            strength: generate(
+                pipeline, files, name, request, place / "pictures", batch=config.batch, label=name or BASELINE
+            )
+            for strength, name in names.items()
+        }
+        rows += [measured.row(scale, strength, images, drawn[0.0]) for strength, images in drawn.items()]
+    report = {
+        "kind": "choice",
+        "domain": config.domain,
+        "split": "validation",
+        "settings": {
+            name: getattr(config, name)
+            for name in ("steps", "seed", "guidance_interval", "guidance_outside", "pipeline", "adapter")
+        },
+        "captions": len(real.captions),
+        "reference": len(real.reference),
+        "real": measured.row(None, None, real.prompted, real.prompted),
+        "rows": rows,
+    }
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    place.mkdir(parents=True, exist_ok=True)
+    for path in (place / "choice.json", *([Path(config.report)] if config.report else [])):
+        path.write_text(text)
+    return report
+
+
+class _Measured:
+    """Accuracy by the judge and kernel distance in both feature spaces, of one model's pictures."""
+
+    def __init__(self, config: ChooseConfig, real: RealImages) -> None:
+        self.config, self.judge = config, AttributeClassifier.load(config.judge, config.device)
+        domain = get_domain(config.domain)
+        self.parsed = [domain.parse(caption) for caption in real.captions]
+        self.spaces = (independent_space(Path(config.features), config.device), judge_space(self.judge))
+        self.reference = {space.name: space.embed(real.reference, device=config.device) for space in self.spaces}
+
+    def row(
+        self, scale: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray
+    ) -> dict[str, Any]:
+        """The figures of `images`, and their change since the `baseline` of the same captions and noises."""
+        accuracy, before = self._accuracy(images), self._accuracy(baseline)
+        found: dict[str, Any] = {
+            "guidance_scale": scale,
+            "strength": strength,
+            "accuracy": mean_interval(accuracy).as_json(),
+            "accuracy_change": paired_difference(accuracy, before).as_json(),
+        }
+        for space in self.spaces:
+            drawn, first = (space.embed(each, device=self.config.device) for each in (images, baseline))
+            reference = self.reference[space.name]
+            found[f"kernel_distance_{space.name}"] = kernel_distance(drawn, reference).as_json()
+            change = kernel_distance_change(drawn, first, reference)
+            found[f"kernel_distance_change_{space.name}"] = change.as_json()
+        return found
+
+    def _accuracy(self, images: np.ndarray) -> np.ndarray:
+        read = readings(self.judge, images, self.parsed, self.config.device)
+        targets = [prompt.targets for prompt in self.parsed]
+        return agreement(read.probabilities, targets, self.judge.heads, self.judge.thresholds).mean
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train choose RECIPE [overrides]`."""
+    config = parse(arguments, ChooseConfig)
+    if not config.adapter or not config.guidance_scales or not config.strengths:
+        raise InputError("choose needs an adapter and at least one guidance scale and strength")
+    choose(config)
