@@ -116,6 +116,12 @@ $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
 $(eval $(call stage,autoencoder,decoder-$(PRESET),autoencoder-$(PRESET)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 
+# The words of places, of the cpu preset's chest X-rays alone.
+ifeq ($(PRESET),cpu)
+$(eval $(call stage,anatomy_prompts,anatomy-own-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu))
+train-radiology: runs/anatomy-own-radiology-cpu/metrics.json
+endif
+
 $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 	$(BIN)/python -m pip install -qq --editable '.[train,bench]'
 	@touch $@

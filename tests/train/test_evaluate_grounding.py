@@ -323,6 +323,9 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
         leads = found[f"{name}_lead"]["adapters"]
         assert max(leads[prior]["value"]["value"] for prior in ("prior_class", "prior_place")) == 0
         assert min(leads[prior]["value"]["value"] for prior in ("prior_class", "prior_place")) < 0
+    of_lung = found["structures_right_lung_miou_lead"]["adapters"]
+    assert of_lung["prior_place"]["value"]["value"] == 0, "the side is known: the better prior"
+    assert of_lung["prior_class"]["value"]["value"] < -0.3
     text = section({**report, "file": "grounding-radiology.json"})
     assert "| Hand-drawn masks | CNR ↑, n 2 |" in text
     assert "| Readers' boxes, side and zone: mIoU by class | Lung opacity ↑, n 1 | Pneumonia ↑, n 1 |" in text

@@ -11,6 +11,7 @@ from medviz.errors import InputError
 from medviz.results import Score
 from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_accuracy, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
+from medviz.rewards.likeness import Likeness
 from medviz.rewards.registry import REWARDS, STEPPED, Drawn, get_reward, safe_rewards
 from medviz.rewards.scores import score_images, score_pair
 
@@ -107,6 +108,13 @@ def drawn(classifier, prompts, seed=0) -> Drawn:
     return Drawn(images, tuple(prompts), classifier)
 
 
+def colours():
+    """Likeness by mean colour, of two real and two drawn images."""
+    likeness = Likeness(lambda images: images.mean(dim=(2, 3)), torch.eye(3)[:2])
+    likeness.drawn = -torch.eye(3)[:2]
+    return likeness
+
+
 def test_every_reward_has_one_signature_and_one_value_an_image(classifier):
     class Anatomy:
         classes = ("background", "lesion")
@@ -121,7 +129,7 @@ def test_every_reward_has_one_signature_and_one_value_an_image(classifier):
             return images.mean(dim=(1, 2, 3))
 
     aspects = {"view": ("hair", "ink"), "finding": ("hair", "ink")}
-    batch = Drawn(batch.images, batch.prompts, classifier, Anatomy(), Alignment(), aspects)
+    batch = Drawn(batch.images, batch.prompts, classifier, Anatomy(), Alignment(), colours(), aspects)
     before = batch.images.clone()
     for reward in REWARDS.values():
         values = reward(batch)
@@ -149,9 +157,8 @@ def test_every_reward_has_a_gradient_but_those_that_count(classifier):
     images = drawn(classifier, [asking(hair=1.0)]).images
     for name, reward in REWARDS.items():
         pixels = images.clone().requires_grad_()
-        batch = Drawn(
-            pixels, (asking(hair=1.0),), classifier, Anatomy(), Alignment(), {"view": ("hair",), "finding": ("hair",)}
-        )
+        aspects = {"view": ("hair",), "finding": ("hair",)}
+        batch = Drawn(pixels, (asking(hair=1.0),), classifier, Anatomy(), Alignment(), colours(), aspects)
         assert reward(batch).requires_grad == (name not in STEPPED)
 
 
