@@ -11,17 +11,19 @@ from typing import Protocol
 import torch
 
 from medviz.domains.base import ParsedPrompt
+from medviz.domains.chest_findings import placed_head
 from medviz.errors import InputError, MedvizError
 from medviz.rewards.attribute import attribute_reward, attribute_reward_paper, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.consistency import REPORT, consistency
 from medviz.rewards.likeness import Likeness
+from medviz.rewards.placement import CLAMP, PlacesNetwork, place_evidence, placement_margin
 
 logger = logging.getLogger(__name__)
 
 
-class AnatomyNetwork(Protocol):
-    """What the anatomy reward needs of a segmenter."""
+class AnatomyNetwork(PlacesNetwork, Protocol):
+    """What the rewards that look at anatomy need of a segmenter."""
 
     classes: tuple[str, ...]
 
@@ -93,6 +95,26 @@ def anatomy(drawn: Drawn) -> torch.Tensor:
     return 2.0 * sure[:, 1:].mean(dim=1) - 1.0
 
 
+def placement(drawn: Drawn) -> torch.Tensor:
+    """Whether the finding that a prompt places on one side is seen there rather than elsewhere, in [-1, 1].
+
+    :func:`medviz.rewards.placement.placement_margin`, clamped; 0 for a prompt that places none, NaN where the lungs
+    were not found. Raises InputError without a segmenter or a classifier.
+    """
+    if drawn.anatomy is None:
+        raise InputError("the placement reward needs a segmenter")
+    classifier = _classifier(drawn, "placement")
+    placed = [placed_head(parsed) for parsed in drawn.prompts]
+    rows = [row for row, each in enumerate(placed) if each is not None]
+    rewards = torch.zeros(len(drawn), device=drawn.images.device)
+    if not rows:
+        return rewards
+    asked = [each for each in placed if each is not None]
+    evidence = place_evidence(classifier, drawn.images[rows], [each.head for each in asked], drawn.anatomy)
+    margins = torch.stack([placement_margin(row, each) for row, each in zip(evidence, asked, strict=True)])
+    return rewards.index_put((torch.tensor(rows, device=rewards.device),), margins.clamp(-CLAMP, CLAMP) / CLAMP)
+
+
 def alignment(drawn: Drawn) -> torch.Tensor:
     """Cosine of image and prompt in the contrastive model's space, in [-1, 1]. Raises InputError without that model."""
     if drawn.alignment is None:
@@ -131,6 +153,7 @@ REWARDS: Mapping[str, RewardFunction] = {
     "attribute": attribute,
     "attribute_paper": attribute_paper,
     "anatomy": anatomy,
+    "placement": placement,
     "alignment": alignment,
     "likeness": likeness,
     "view_consistency": partial(report_consistency, "view"),

@@ -54,8 +54,11 @@ def placed_findings(split: Split, atlas: Atlas, *, notes: bool = True) -> list[P
     return found
 
 
-def placed_boxes(found: list[dict], atlas: Atlas) -> Iterator[tuple[dict, str, tuple[str, ...]]]:
-    """Each box of an image that marks a finding, with the finding's word and how prompts may word where it lies."""
+def placed_boxes(found: list[dict], atlas: Atlas | None) -> Iterator[tuple[dict, str, tuple[str, ...]]]:
+    """Each box of an image that marks a finding, with the finding's word and how prompts may word where it lies.
+
+    Without an atlas no place is worded finer than a zone.
+    """
     for box in found:
         for finding in PUBLISHED.get(str(box["label"]).lower(), ()):
             if finding == HEART_FINDING:
@@ -69,12 +72,12 @@ def _of_boxes(index: int, found: list[dict], atlas: Atlas) -> Iterator[PlacedFin
         yield PlacedFinding(index, finding, wordings, "box")
 
 
-def _box_wordings(box: dict, atlas: Atlas) -> tuple[str, ...]:
+def _box_wordings(box: dict, atlas: Atlas | None) -> tuple[str, ...]:
     places = merged(box_locations(box))
     if set(places) == {f"{side} lung" for side in SIDES}:
         return wordings_of(("bilateral",))
     wordings = wordings_of(places)
-    if len(places) == 1 and not places[0].endswith("lung"):
+    if atlas and len(places) == 1 and not places[0].endswith("lung"):
         x, y = box["x"] + box["w"] / 2, box["y"] + box["h"] / 2
         for place in (f"{places[0].split()[0]} {part}" for part in FINE_PARTS):
             if place in atlas.places and any(gaussian.holds(x, y) for gaussian in atlas.places[place]):

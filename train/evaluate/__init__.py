@@ -1,16 +1,22 @@
 """What the models are worth: fidelity, alignment, diversity, memorisation, each with n and a 95 % interval.
 
-And, as `evaluate grounding`, where phrases look in real images.
+And, as `evaluate grounding`, where phrases look in real images; as `evaluate placement`, whether a finding is drawn
+where the prompt puts it.
 """
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m train evaluate RECIPE [overrides]`, or `python -m train evaluate grounding RECIPE [overrides]`."""
+    """`python -m train evaluate [grounding | placement] RECIPE [overrides]`."""
     # The report stage imports this package and has no need of torch.
     if arguments and arguments[0] == "grounding":
         from train.evaluate.grounding.stage import main as evaluate_grounding
 
         evaluate_grounding(arguments[1:])
+        return
+    if arguments and arguments[0] == "placement":
+        from train.evaluate.placement import main as evaluate_placement
+
+        evaluate_placement(arguments[1:])
         return
     from train.evaluate.stage import main as evaluate
 

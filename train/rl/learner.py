@@ -81,7 +81,11 @@ class RlLearner:
         pipeline.vae.requires_grad_(False)
         validation = domain.validation_prompts()
         self.table = prompt_table(
-            pipeline, domain, [*validation, *invented_prompts(domain, config.invented_prompts, config.seed)]
+            pipeline,
+            domain,
+            dict.fromkeys(
+                [*validation, *invented_prompts(domain, config.invented_prompts, config.seed), *config.prompts]
+            ),
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)

@@ -1,7 +1,7 @@
 """The prompts that are trained on: the domain's own and invented ones, each with what a reward can check of it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +31,14 @@ class PromptTable:
         return PromptEmbeds(self.cond[chosen], self.uncond.expand(len(chosen), -1, -1))
 
 
-def prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Sequence[str]) -> PromptTable:
+def prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Iterable[str]) -> PromptTable:
     """The table of `prompts`. Raises InputError for one that decides no attribute: nothing could reward it."""
-    table = any_prompt_table(pipeline, domain, prompts)
+    table = any_prompt_table(pipeline, domain, list(prompts))
     mute = [p.prompt for p in table.parsed if not p.targets]
     if mute:
-        raise InputError(f"{len(mute)} of {len(prompts)} prompts ask for nothing a reward can check, e.g. {mute[0]!r}")
+        raise InputError(
+            f"{len(mute)} of {len(table.prompts)} prompts ask for nothing a reward can check, e.g. {mute[0]!r}"
+        )
     return table
 
 

@@ -67,6 +67,8 @@ class RlConfig(GuidedConfig):
 
     invented_prompts: int = 32
     """Prompts drawn from the domain's grammar and trained on beside its validation prompts."""
+    prompts: tuple[str, ...] = ()
+    """More prompts that are trained on, e.g. those that name what a reward looks for."""
     prompts_per_epoch: int = 8
     images_per_prompt: int = 8
     """Images an epoch are prompts_per_epoch x images_per_prompt."""
