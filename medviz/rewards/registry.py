@@ -106,7 +106,7 @@ def placement(drawn: Drawn) -> torch.Tensor:
     classifier = _classifier(drawn, "placement")
     placed = [placed_head(parsed) for parsed in drawn.prompts]
     rows = [row for row, each in enumerate(placed) if each is not None]
-    rewards = torch.zeros(len(drawn), device=drawn.images.device)
+    rewards = 0.0 * drawn.images[:, 0, 0, 0].float()  # a gradient of zero, where no prompt of a batch places anything
     if not rows:
         return rewards
     asked = [each for each in placed if each is not None]
