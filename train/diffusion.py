@@ -90,6 +90,43 @@ def noise_schedule(name: str) -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, prediction_type="v_prediction", **SCHEDULES[name])
 
 
+@dataclass(frozen=True)
+class Denoised:
+    """loss (B,): min-SNR weighted squared error; clean (B, C, h, w): the latents that the prediction stands for."""
+
+    loss: torch.Tensor
+    clean: torch.Tensor
+
+
+def denoised(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: DDPMScheduler,
+    min_snr_gamma: float,
+) -> Denoised:
+    """One prediction of the UNet on latents noised to `timesteps`.
+
+    latents, noise: (B, C, h, w); prompt_embeds (B, L, D); timesteps (B,) int64. The target follows the schedule's
+    prediction type (epsilon or v).
+    """
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+    snr = compute_snr(schedule, timesteps)
+    weight = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else torch.ones_like(snr)
+    share = schedule.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+    if schedule.config.prediction_type == "v_prediction":
+        target, divisor = schedule.get_velocity(latents, noise, timesteps), snr + 1
+        clean = share.sqrt() * noisy - (1 - share).sqrt() * prediction
+    else:
+        target, divisor = noise, snr
+        clean = (noisy - (1 - share).sqrt() * prediction) / share.sqrt()
+    weight = weight / divisor if min_snr_gamma > 0 else weight
+    return Denoised(weight * (prediction.float() - target.float()).square().mean(dim=(1, 2, 3)), clean)
+
+
 def denoising_loss(
     unet: UNet2DConditionModel,
     latents: torch.Tensor,
@@ -99,21 +136,8 @@ def denoising_loss(
     schedule: DDPMScheduler,
     min_snr_gamma: float,
 ) -> torch.Tensor:
-    """Min-SNR weighted squared error of the UNet's prediction, one figure a sample (B,).
-
-    latents, noise: (B, C, h, w); prompt_embeds (B, L, D); timesteps (B,) int64. The target follows the schedule's
-    prediction type (epsilon or v).
-    """
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
-    snr = compute_snr(schedule, timesteps)
-    weight = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else torch.ones_like(snr)
-    if schedule.config.prediction_type == "v_prediction":
-        target, divisor = schedule.get_velocity(latents, noise, timesteps), snr + 1
-    else:
-        target, divisor = noise, snr
-    weight = weight / divisor if min_snr_gamma > 0 else weight
-    return weight * (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    """The loss (B,) of :func:`denoised` alone."""
+    return denoised(unet, latents, prompt_embeds, noise, timesteps, schedule, min_snr_gamma).loss
 
 
 def sample_weights(split: Split, shares: tuple[str, ...], rarity_power: float) -> np.ndarray:

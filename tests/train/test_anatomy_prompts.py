@@ -2,13 +2,16 @@
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,6 +28,7 @@ from train.config import read_recipe
 from train.datasets.anatomy_scenes import Scene, open_scene
 from train.datasets.placed_findings import PlacedFinding, fit_atlas, imaging_sentences, placed_findings
 from train.datasets.split import Split
+from train.diffusion import denoised
 from train.loop import fit
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
@@ -114,6 +118,47 @@ def test_the_loss_falls_and_attention_moves_to_the_place(tmp_path: Path) -> None
     assert figures["baseline"]["value"] == pytest.approx(before), "the baseline is measured with the adapter off"
     assert figures["adapter"]["value"] < before - 0.005
     assert figures["change"]["n"] == 2
+
+
+class Darkness:
+    """An image-text network to which a picture fits its prompt the better the darker it is."""
+
+    def similarity(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        assert len(images) == len(prompts)
+        assert all(" zone lung opacity" in prompt or " hilum lung opacity" in prompt for prompt in prompts)
+        return -images.mean(dim=(1, 2, 3))
+
+
+def test_the_image_text_loss_moves_what_the_prompt_draws(tmp_path: Path) -> None:
+    options = {"lora_rank": 2, "diversity_weight": 0.0, "alignment": "of this test", "steps": 20}
+    found = {}
+    for weight in (0.0, 100.0):
+        tuned = AnatomyPromptsLearner(
+            config(tmp_path, alignment_weight=weight, **options),
+            tiny.make_pipeline("radiology"), ATLAS, scene(), scene(2), Darkness(),
+        )  # fmt: skip
+        for step in range(20):
+            tuned.update(step)
+        tuned.alignment = Darkness()
+        found[weight] = tuned.figures()["alignment_loss"]
+    assert found[0.0]["baseline"] == found[100.0]["baseline"]
+    assert found[100.0]["adapter"]["value"] < min(found[0.0]["adapter"]["value"], found[0.0]["baseline"]["value"])
+    with pytest.raises(InputError, match="names no image-text network"):
+        config(tmp_path, alignment_weight=1.0).checked()
+    with pytest.raises(InputError, match="has a weight but no network"):
+        learner(tmp_path, alignment_weight=1.0, alignment="nowhere")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_stands_for_the_clean_latents(prediction_type: str) -> None:
+    schedule = DDPMScheduler(prediction_type=prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    timesteps = torch.tensor([100, 500, 900])
+    perfect = noise if prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    found = denoised(lambda *_, **__: SimpleNamespace(sample=perfect), latents, noise, noise, timesteps, schedule, 5.0)
+    assert found.loss.tolist() == [0, 0, 0]
+    torch.testing.assert_close(found.clean, latents, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "denoising_weight": 0.5}])
