@@ -186,10 +186,12 @@ class Studio:
     ) -> Grounding:
         """Show where a phrase looks in a given image: DDIM inversion, then the phrase's attention at its noise levels.
 
-        The models see the central square. heat_map, outlines and box stand on the image's own grid.
+        adapter: "" is the one that the domain finds phrases with, not the one that it draws with. The models see the
+        central square. heat_map, outlines and box stand on the image's own grid.
         """
         check_domain(domain, tuple(DOMAINS))
-        text, chosen = check_prompt(phrase), self._resolve(domain, adapter)
+        text = check_prompt(phrase)
+        chosen = self._resolve(domain, (adapter if adapter != "" else self.manifest(domain).grounding_adapter or ""))
         from medviz.images import decode_image
 
         picture, stop = decode_image(image), _Stop(cancelled)

@@ -17,11 +17,12 @@ STAGES = {
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
     "evaluate": (
         "train.evaluate",
-        "fidelity, alignment, diversity, memorisation; `evaluate grounding`: where phrases look",
+        "fidelity, alignment, diversity, memorisation; `evaluate grounding`: where phrases look; `evaluate placement`",
     ),
     "choose": ("train.evaluate.choose", "guidance scale and share of an adapter, on validation captions"),
     "methods": ("train.experiments.methods", "reinforcement learning methods side by side, at one budget"),
     "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
+    "anatomy_variants": ("train.experiments.anatomy_variants", "ways of tuning words to anatomy, side by side"),
     "bench": ("train.benchmarks", "side-by-side measurements"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),

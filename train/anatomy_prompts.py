@@ -355,9 +355,10 @@ def _region(
     return region
 
 
-def main(arguments: list[str]) -> None:
-    """`python -m train anatomy_prompts RECIPE [overrides]`."""
-    config = parse(arguments, AnatomyPromptsConfig).checked()
+def run(config: AnatomyPromptsConfig) -> dict[str, Any] | None:
+    """Train one adapter; returns its metrics, None where `max_minutes` was over first. Raises InputError for options
+    out of range and images that are missing, ModelError for a base or networks that do not hold up."""
+    config.checked()
     pipeline = open_pipeline(config.base, config.device)
     segmenter = Segmenter.load(config.segmenter, config.device) if config.target == "segmenter" else None
     train, validation = (open_split(DOMAIN, name) for name in ("train", "validation"))
@@ -366,4 +367,9 @@ def main(arguments: list[str]) -> None:
         open_scene(split, pipeline, atlas, notes=config.notes, segmenter=segmenter) for split in (train, validation)
     ]
     alignment = AlignmentNetwork.load(config.alignment, config.device) if config.alignment_weight > 0 else None
-    fit(AnatomyPromptsLearner(config, pipeline, atlas, scenes[0], scenes[1], alignment), config)
+    return fit(AnatomyPromptsLearner(config, pipeline, atlas, scenes[0], scenes[1], alignment), config)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train anatomy_prompts RECIPE [overrides]`."""
+    run(parse(arguments, AnatomyPromptsConfig))

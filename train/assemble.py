@@ -96,6 +96,8 @@ class Parts:
     default_adapter: str | None
     runs: dict[str, str]
     """Stage name to run folder: their metrics.json go into the manifest."""
+    grounding_adapter: str | None = None
+    """The adapter that phrases are looked for with in an uploaded image; None: the default one."""
     adapter_strengths: dict[str, float] = field(default_factory=dict)
     """Share of an adapter's change of the weights that ships, above 0 and at most 1; unnamed: all of it. Chosen on
     validation images, as the guidance scale is: more pleases the judge, and takes pictures farther from real ones."""
@@ -216,6 +218,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             "seeds": {stage: m.get("seed") for stage, m in metrics.items()},
             "metrics": metrics,
             "default_adapter": parts.default_adapter,
+            "grounding_adapter": parts.grounding_adapter,
         },
     )
     write_card(writing)

@@ -88,11 +88,12 @@ def _front_matter(manifest: Manifest) -> str:
 
 
 def _adapters(manifest: Manifest) -> str:
+    uses = {"drawing": manifest.default_adapter, "grounding": manifest.grounding_adapter or manifest.default_adapter}
     rows = [
-        (f"`{name}`", details.get("title"), "yes" if name == manifest.default_adapter else "")
+        (f"`{name}`", details.get("title"), ", ".join(use for use, which in uses.items() if which == name))
         for name, details in manifest.adapters.items()
     ]
-    tables = [_table(("adapter", "what it was trained for", "default"), rows)]
+    tables = [_table(("adapter", "what it was trained for", "default for"), rows)]
     for name, details in manifest.adapters.items():
         if details.get("recipe"):
             tables.append(f"Recipe of `{name}`:")

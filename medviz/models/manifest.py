@@ -50,8 +50,8 @@ class HubSource:
 @dataclass(frozen=True)
 class Manifest:
     """manifest.json. `files` maps POSIX paths relative to the folder to their records; `adapters` maps names to what
-    adapter.json says; `hub` is None when the pipeline lies in the folder itself. Figures that were not computed are
-    None."""
+    adapter.json says; `grounding_adapter` is the one that phrases are looked for with (None: `default_adapter`); `hub`
+    is None when the pipeline lies in the folder itself. Figures that were not computed are None."""
 
     domain: str
     preset: str = ""
@@ -62,6 +62,7 @@ class Manifest:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     default_adapter: str | None = None
+    grounding_adapter: str | None = None
     hub: HubSource | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -82,7 +83,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> Manifest:
 
     fields: the fields of Manifest but `files` and `format_version`; `adapters`, when absent, is read from
     adapters/NAME/adapter.json. Raises ModelError for an unknown field, a file in a forbidden format, a shard that an
-    index names and the folder lacks, or a default adapter that is not there.
+    index names and the folder lacks, or a default or grounding adapter that is not there.
     """
     folder = Path(folder)
     unknown = sorted(set(fields) - _FIELDS)
@@ -190,11 +191,12 @@ def _check_names(manifest: Manifest, path: Path) -> None:
             raise ModelError(
                 f"{path}: {name!r} cannot be a domain's or adapter's name; allowed: {NAME_PATTERN.pattern}"
             )
-    if manifest.default_adapter is not None and manifest.default_adapter not in manifest.adapters:
-        raise ModelError(
-            f"{path}: the default adapter {manifest.default_adapter!r} is not among the adapters "
-            f"({', '.join(manifest.adapters) or 'there are none'})"
-        )
+    for use, chosen in (("default", manifest.default_adapter), ("grounding", manifest.grounding_adapter)):
+        if chosen is not None and chosen not in manifest.adapters:
+            raise ModelError(
+                f"{path}: the {use} adapter {chosen!r} is not among the adapters "
+                f"({', '.join(manifest.adapters) or 'there are none'})"
+            )
 
 
 def _parse_files(content: Any, path: Path) -> dict[str, FileRecord]:

@@ -289,14 +289,18 @@ def new_seed() -> int:
     return random.SystemRandom().randint(MIN_SEED, MAX_SEED)
 
 
-def adapter_choices(studio: Studio, domain: str) -> list[tuple[str, str]]:
-    """Return (label, value) of a domain's adapters as the API takes them: "" the default one, "none" the baseline."""
+def adapter_choices(studio: Studio, domain: str, *, grounding: bool = False) -> list[tuple[str, str]]:
+    """Return (label, value) of a domain's adapters as the API takes them: "" the default one, "none" the baseline.
+
+    grounding: the default is the one that phrases are looked for with.
+    """
     baseline = ("None: the baseline on both sides", "none")
     if domain not in studio.domains():
         return [("None trained yet", ""), baseline]
     manifest = studio.manifest(domain)
     titles = {name: str(details.get("title") or name) for name, details in manifest.adapters.items()}
-    default = titles.pop(manifest.default_adapter or "", None)
+    first = (manifest.grounding_adapter if grounding else None) or manifest.default_adapter
+    default = titles.pop(first or "", None)
     choices = [(f"{default} (default)" if default else "None trained yet", "")]
     return [*choices, *((title, name) for name, title in titles.items()), baseline]
 

@@ -59,7 +59,7 @@ class GroundTab:
             max_length=MAX_PROMPT_CHARS,
             elem_id="mv-ground-phrase",
         )
-        self.adapter = gr.Dropdown(adapter_choices(self.studio, domains[0]), value="", label="Adapter")
+        self.adapter = gr.Dropdown(adapter_choices(self.studio, domains[0], grounding=True), value="", label="Adapter")
         self.find = gr.Button("Find the phrase", variant="primary", elem_id="mv-ground-find")
         gr.Markdown(f"{_FORMATS}, {_LIMITS}. {_DICOM} {_CAVEAT}", elem_classes="mv-note")
 
@@ -104,7 +104,7 @@ class GroundTab:
     def _switch_domain(self, name: str) -> Updates:
         return self._empty() | {
             self.phrase: example_phrase(name),
-            self.adapter: gr.update(choices=adapter_choices(self.studio, name), value=""),
+            self.adapter: gr.update(choices=adapter_choices(self.studio, name, grounding=True), value=""),
         }
 
     def _empty(self) -> Updates:

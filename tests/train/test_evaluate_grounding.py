@@ -293,7 +293,7 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
         steps=10,
         models=str(model_root),
         tuned={"mine": (one, two), "none": (zeros,)},
-        tuned_methods=("inversion", "one_step"),
+        one_step=("mine", "none"),
         one_step_seeds=(0, 1),
         batch=4,
         reports=str(tmp_path / "reports"),
@@ -333,7 +333,7 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
     made = len(list((tmp_path / "run").rglob("*.npz")))
     apart = []
     for folder in (one, two):
-        again = run(replace(config, tuned={"mine": (folder,)}, reports=""))
+        again = run(replace(config, tuned={"mine": (folder,)}, one_step=(), reports=""))
         (value,) = (
             each["adapters"]["mine_inversion"]["value"] for each in again["figures"] if each["name"] == macro["name"]
         )
@@ -369,8 +369,7 @@ def test_dermatology_from_the_command_line_and_without_places(
     ("options", "message"),
     [
         ({"domain": "cardiology"}, "domain must be one of dermatology, radiology"),
-        ({"tuned_methods": ()}, "tuned_methods must be of"),
-        ({"tuned_methods": ("guess",)}, "tuned_methods must be of inversion, one_step"),
+        ({"one_step": ("guess",)}, "one_step must name rows of tuned"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"one_step_seeds": ()}, "one_step_seeds"),
         ({"tuned": {"mine": ()}}, "tuned needs names"),

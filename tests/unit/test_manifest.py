@@ -97,6 +97,7 @@ def test_a_file_that_is_not_listed_is_refused(folder: Path, name: str) -> None:
         ({"domain": "../dermatology"}, "allowed"),
         ({"domain": None}, "allowed"),
         ({"default_adapter": "anatomy"}, "'anatomy' is not among the adapters \\(attribute\\)"),
+        ({"grounding_adapter": "anatomy"}, "the grounding adapter 'anatomy' is not among the adapters"),
         ({"adapters": {"none": {}}, "default_adapter": None}, "'none'"),
         ({"adapters": {"a/b": {}}, "default_adapter": None}, "'a/b'"),
     ],
@@ -152,7 +153,7 @@ def test_the_card_says_what_the_manifest_says_and_nothing_is_left_open(folder: P
     for line in (
         "| kid | 0.0123 | 0.011 to 0.014 | 2000 |",
         "| fid | not computed |  |  |",
-        "| `attribute` | Attribute reward | yes |",
+        "| `attribute` | Attribute reward | drawing, grounding |",
         "| recipe: optimiser.lr | 0.0001 |",
         "| cost: hours | 2.5 |",
         "| seed: diffusion | 7 |",

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from medviz import Cancelled, InputError, ModelError, Studio
 from medviz.limits import MAX_PROMPT_CHARS
 from medviz.models.adapters import zero_adapter
+from medviz.ui.generate import adapter_choices
 from medviz.workbench import brightest_box
 from tests.tiny import ADAPTER, IMAGE_SIZE_PX
 
@@ -267,6 +269,20 @@ def test_grounding_answers_on_the_images_own_grid(studio: Studio) -> None:
         assert set(region) == {"name", "mass", "cnr", "prior_mass", "prior_cnr"}
     again = studio.ground("dermatology", image, "melanoma")
     assert np.array_equal(found.heat_map, again.heat_map)
+
+
+def test_phrases_are_looked_for_with_the_adapter_made_for_it(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, manifest = upload(), studio.manifest("radiology")
+    named, bare = (studio.ground("radiology", image, "lung opacity", name) for name in (ADAPTER, None))
+    assert (named.adapter, bare.adapter) == (ADAPTER, None)
+    assert not np.array_equal(named.heat_map, bare.heat_map)
+    fits = {"default_adapter": None, "grounding_adapter": ADAPTER}
+    monkeypatch.setattr(Studio, "manifest", lambda self, domain: replace(manifest, **fits))
+    assert np.array_equal(studio.ground("radiology", image, "lung opacity").heat_map, named.heat_map)
+    assert studio.ground("radiology", image, "lung opacity", adapter=None).adapter is None
+    labels = {value: label for label, value in adapter_choices(studio, "radiology", grounding=True)}
+    assert labels[""].endswith("(default)")
+    assert not adapter_choices(studio, "radiology")[0][0].endswith("(default)")
 
 
 def test_grounding_depends_on_the_phrase_and_refuses_what_is_no_image(studio: Studio) -> None:

@@ -72,8 +72,8 @@ class GroundingConfig(StageConfig):
     """Images to read; the hand-drawn structures are of test images alone."""
     tuned: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Row -> folders of its adapters, one a training seed, for this base."""
-    tuned_methods: tuple[str, ...] = ("inversion",)
-    """How tuned adapters are read: inversion, one_step, or both, a row each."""
+    one_step: tuple[str, ...] = ()
+    """Rows of `tuned` that have a second row, read by one step; all have one read by inversion."""
     one_step_seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Noises that the one-step variant averages."""
     each_level: bool = True
@@ -90,8 +90,8 @@ class GroundingConfig(StageConfig):
         """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
         if self.domain not in SETS:
             raise InputError(f"domain must be one of {', '.join(SETS)}, found {self.domain!r}")
-        if not self.tuned_methods or not set(self.tuned_methods) <= set(METHODS):
-            raise InputError(f"tuned_methods must be of {', '.join(METHODS)}, found {self.tuned_methods}")
+        if not set(self.one_step) <= set(self.tuned):
+            raise InputError(f"one_step must name rows of tuned ({', '.join(self.tuned) or 'none'}): {self.one_step}")
         for name, low in (("steps", 1), ("batch", 1), ("limit", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, found {getattr(self, name)}")
@@ -178,8 +178,9 @@ def _attention_rows(config: GroundingConfig, loaded: LoadedDomain) -> dict[Arm, 
             load_adapter(loaded.pipeline, folder, f"{name}-run{seed}")
             adapters[f"{name}-run{seed}"] = folder_digest(folder)
         title = read_json(Path(folders[0]) / ADAPTER_CONFIG_NAME).get("title") or name
-        for method in config.tuned_methods:
-            wording = METHODS[method]
+        for method, wording in METHODS.items():
+            if method == "one_step" and name not in config.one_step:
+                continue
             label = f"{title} (`{name}`, {wording}, {len(folders)} training seed{'s' * (len(folders) > 1)})"
             rows[Arm(f"{name}_{method}", label)] = reader(label, method, adapters)
     return rows
