@@ -1,4 +1,4 @@
-# make run | test | test-slow | test-gpu | check | bench | experiments | restore | train-dermatology | train-radiology
+# make run | test | test-slow | test-gpu | check | bench | experiments | anatomy | restore | train-dermatology | train-radiology
 # Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments format report restore clean train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments anatomy format report restore clean train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
@@ -22,7 +22,8 @@ help:
 	@echo "make test-gpu            the tests at Stable Diffusion's size, on a machine with a CUDA card"
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, about ten minutes on two idle cores"
-	@echo "make experiments         methods at one budget, synthetic pictures as augmentation: two hours on two idle cores"
+	@echo "make experiments         methods at one budget, synthetic pictures as augmentation, anatomy: three hours on two idle cores"
+	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
 	@echo "make train-radiology"
@@ -116,9 +117,11 @@ $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
 $(eval $(call stage,autoencoder,decoder-$(PRESET),autoencoder-$(PRESET)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 
-# The words of places, of the cpu preset's chest X-rays alone.
+# What looks for places, of the cpu preset's chest X-rays alone.
 ifeq ($(PRESET),cpu)
 $(eval $(call stage,anatomy_prompts,anatomy-own-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu))
+$(eval $(call stage,rl,rl-placement-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu reward-radiology-cpu judge-radiology-cpu))
+$(eval $(call stage,contrastive,alignment-radiology-cpu,))
 train-radiology: runs/anatomy-own-radiology-cpu/metrics.json
 endif
 
@@ -129,10 +132,16 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m train bench rl
 
-# Both go on from what a stopped run finished. They need the dermatology runs, and MEDVIZ_DATA.
-experiments: $(VENV)/.bench
+# All go on from what a stopped run finished. They need both domains' runs (make restore lays them out), and MEDVIZ_DATA.
+experiments: $(VENV)/.bench anatomy
 	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
 	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
+	$(BIN)/python -m train report
+
+anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json)
+	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-cpu.yaml
+	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml
 	$(BIN)/python -m train report
 
 restore: setup-dev

@@ -172,6 +172,7 @@ def ground(models: Models, picture: Image.Image, phrase: str, adapter: str | Non
             torch.stack([seen, torch.zeros_like(seen)]),
             phrase,
             steps=GROUND_STEPS,
+            time_bins=GROUND_STEPS,  # each noise level is stretched for itself, as the evaluation reads it
             on_step=lambda index, latents: check(),
         )
     heat_map, prior = (grounding_heat_map(maps, sorted(tokens), (side_px, side_px), sample=sample) for sample in (0, 1))
