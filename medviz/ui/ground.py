@@ -78,7 +78,9 @@ class GroundTab:
         self.legend = gr.HTML("", padding=True)
         with gr.Row():
             self.outlined = gr.Checkbox(False, label="Outline regions", min_width=140)
-            self.opacity = gr.Slider(0.1, 1.0, 0.6, step=0.1, label="Overlay opacity", min_width=180)
+            self.opacity = gr.Slider(
+                0.1, 1.0, 0.6, step=0.1, label="Overlay opacity", min_width=180, elem_id="mv-ground-opacity"
+            )
         self.table = gr.HTML("", elem_id="mv-ground-table")
         self.box = gr.Textbox(label="Box around the brightest part, in pixels of the upright image", interactive=False)
         self.warnings = gr.Textbox(label="Warnings", interactive=False, visible=False, elem_classes="mv-warnings")

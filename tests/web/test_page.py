@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.dicoms import dicom, ramp
 from tests.web.conftest import STEPS
 
 CHROMIUM = next(
@@ -127,6 +128,34 @@ def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_pa
         page.screenshot(path=tmp_path / f"{domain}.png", full_page=True)
         assert (tmp_path / f"{domain}.png").stat().st_size > 20_000
     assert page.strangers == [], "the page must ask no other server"
+    assert page.failures == []
+
+
+def test_a_phrase_is_found_in_an_uploaded_radiograph_and_its_overlay_can_be_changed(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "chest.dcm").write_bytes(dicom(ramp(rows=120, columns=90)))
+    page.get_by_role("tab", name="Ground").click()
+    page.locator("#mv-ground-domain label", has_text="Radiology").click()
+    page.locator("#mv-ground-image input[type=file]").set_input_files(tmp_path / "chest.dcm")
+    expect(page.locator("#mv-ground-picture img")).to_be_visible()
+    before = shown(page, "ground-picture")
+    page.locator("#mv-ground-phrase textarea").fill("lung opacity in the right lower zone")
+    page.locator("#mv-ground-find").click()
+    seen = wait_for_change(page, "ground-picture", before)
+    expect(page.get_by_label("Box around the brightest part")).to_have_value(re.compile(r"x \d+ to \d+, y \d+ to \d+"))
+    # an untrained segmenter finds no lungs to outline: the checkbox redraws, and what is missing is said
+    page.get_by_label("Outline regions").check()
+    outlined = wait_for_change(page, "ground-picture", seen)
+    slider = page.locator("#mv-ground-opacity input[type=range]")
+    slider.fill("0.2")
+    slider.dispatch_event("pointerup")
+    wait_for_change(page, "ground-picture", outlined)
+    expect(page.locator("#mv-ground-opacity input[type=number]")).to_have_value("0.2")
+    (tmp_path / "no-image.dcm").write_bytes(b"hello")
+    page.locator("#mv-ground-image").get_by_label("Remove").first.click()
+    page.locator("#mv-ground-image input[type=file]").set_input_files(tmp_path / "no-image.dcm")
+    expect(page.locator(".toast-body").first).to_contain_text("image")
+    page.screenshot(path=tmp_path / "ground.png", full_page=True)
+    assert page.strangers == []
     assert page.failures == []
 
 
