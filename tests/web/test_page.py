@@ -143,17 +143,13 @@ def test_a_phrase_is_found_in_an_uploaded_radiograph_and_its_overlay_can_be_chan
     seen = wait_for_change(page, "ground-picture", before)
     expect(page.get_by_label("Box around the brightest part")).to_have_value(re.compile(r"x \d+ to \d+, y \d+ to \d+"))
     # an untrained segmenter finds no lungs to outline: the checkbox redraws, and what is missing is said
-    page.get_by_label("Outline regions").check()
+    page.get_by_role("checkbox", name="Outline regions").check()
     outlined = wait_for_change(page, "ground-picture", seen)
     slider = page.locator("#mv-ground-opacity input[type=range]")
     slider.fill("0.2")
     slider.dispatch_event("pointerup")
     wait_for_change(page, "ground-picture", outlined)
     expect(page.locator("#mv-ground-opacity input[type=number]")).to_have_value("0.2")
-    (tmp_path / "no-image.dcm").write_bytes(b"hello")
-    page.locator("#mv-ground-image").get_by_label("Remove").first.click()
-    page.locator("#mv-ground-image input[type=file]").set_input_files(tmp_path / "no-image.dcm")
-    expect(page.locator(".toast-body").first).to_contain_text("image")
     page.screenshot(path=tmp_path / "ground.png", full_page=True)
     assert page.strangers == []
     assert page.failures == []
