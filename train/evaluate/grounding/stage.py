@@ -77,7 +77,7 @@ class GroundingConfig(StageConfig):
     one_step_seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Noises that the one-step variant averages."""
     each_level: bool = True
-    """Stretch every noise level's maps before averaging, as the paper and the app do; --no-each-level averages first."""
+    """Stretch every noise level's maps before averaging, as the paper and app do; --no-each-level averages first."""
     limit: int = 0
     """Phrases of a class, evenly spaced (0: all)."""
     batch: int = 16
