@@ -31,7 +31,7 @@ from medviz.grounding.words import content_indices, token_indices, truncated_tex
 from medviz.images import fit_square, to_pil, to_tensor
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, check_word
 from medviz.models.adapters import using_adapter
-from medviz.models.library import LoadedDomain, ModelLibrary
+from medviz.models.library import LOADING, LoadedDomain, ModelLibrary
 from medviz.models.manifest import Manifest
 from medviz.results import (
     Drawing,
@@ -80,13 +80,14 @@ class Models:
 
 def load_models(library: ModelLibrary, domain: str) -> Models:
     """Verify and load a domain's pipeline, segmenter, reward and judge. Raises ModelError."""
-    loaded = library.load(domain)
-    folders = {path.parent.name: path.parent for path in sorted(loaded.folder.glob("rewards/*/heads.json"))}
-    classifiers = {
-        role: AttributeClassifier.load(folder, loaded.device)
-        for role, folder in {**folders, "judge": loaded.folder / "judge"}.items()
-    }
-    return Models(get_domain(domain), loaded, Segmenter.load(loaded.folder / "segmenter"), classifiers)
+    with LOADING:
+        loaded = library.load(domain)
+        folders = {path.parent.name: path.parent for path in sorted(loaded.folder.glob("rewards/*/heads.json"))}
+        classifiers = {
+            role: AttributeClassifier.load(folder, loaded.device)
+            for role, folder in {**folders, "judge": loaded.folder / "judge"}.items()
+        }
+        return Models(get_domain(domain), loaded, Segmenter.load(loaded.folder / "segmenter"), classifiers)
 
 
 def compare(models: Models, request: Request, on_preview: OnPreview | None, check: Check) -> Pair:

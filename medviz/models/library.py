@@ -43,6 +43,10 @@ _LOAD_ERRORS = (
     SafetensorError,
 )
 
+LOADING = threading.RLock()
+"""Held while any network is read. Meanwhile transformers and accelerate patch torch for the whole process, and two
+threads that do so at once leave it patched: every network made from then on has no weights."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,8 +107,6 @@ class ModelLibrary:
         self.device = _choose_device(device)
         self.dtype = _choose_dtype(self.device)
         self._loaded: dict[str, LoadedDomain] = {}
-        self._locks: dict[str, threading.Lock] = {}
-        self._guard = threading.Lock()
 
     def domains(self) -> tuple[str, ...]:
         """Names of the domains that have a model folder, in alphabetical order; nothing is loaded or verified."""
@@ -118,12 +120,11 @@ class ModelLibrary:
         """
         if not isinstance(domain, str) or not NAME_PATTERN.fullmatch(domain):
             raise InputError(f"unknown domain {str(domain)[:60]!r}; allowed: {', '.join(self.domains())}")
-        with self._guard:
-            lock = self._locks.setdefault(domain, threading.Lock())
-        with lock:
-            if domain not in self._loaded:
-                self._loaded[domain] = self._load(domain)
-            return self._loaded[domain]
+        if domain not in self._loaded:
+            with LOADING:
+                if domain not in self._loaded:
+                    self._loaded[domain] = self._load(domain)
+        return self._loaded[domain]
 
     def _load(self, domain: str) -> LoadedDomain:
         folder = self.root / domain

@@ -148,5 +148,6 @@ def test_recipes_are_read_and_hold_together(path):
 
 def test_both_domains_have_all_presets():
     assert {p.stem for p in RECIPES} == {
-        f"rl-{domain}-{preset}" for domain in ("dermatology", "radiology") for preset in ("cpu", "gpu", "sd15")
+        "rl-placement-radiology-cpu",
+        *(f"rl-{domain}-{preset}" for domain in ("dermatology", "radiology") for preset in ("cpu", "gpu", "sd15")),
     }

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medviz import Cancelled, InputError, ModelError, Studio
+from medviz import Cancelled, InputError, ModelError, Studio, workbench
 from medviz.limits import MAX_PROMPT_CHARS
+from medviz.models import library
 from medviz.models.adapters import zero_adapter
 from medviz.ui.generate import adapter_choices
 from medviz.workbench import brightest_box
@@ -231,6 +233,32 @@ def test_requests_from_several_threads_give_what_one_gives(studio: Studio) -> No
 def test_whoever_waits_for_the_models_can_go(studio: Studio) -> None:
     with studio._turns["dermatology"], pytest.raises(Cancelled):
         studio.compare("dermatology", PROMPTS["dermatology"], 14, 1, cancelled=lambda: True)
+
+
+def test_domains_are_loaded_one_after_the_other(model_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What reads a network patches torch for the whole process meanwhile: two at once leave it broken.
+    inside, most = [0], [0]
+
+    def counted(load):
+        def slow(*arguments):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.1)
+            found = load(*arguments)
+            inside[0] -= 1
+            return found
+
+        return slow
+
+    monkeypatch.setattr(library, "_load_pipeline", counted(library._load_pipeline))
+    monkeypatch.setattr(workbench.Segmenter, "load", counted(workbench.Segmenter.load))
+    fresh = Studio(model_root, device="cpu")
+    requests = [threading.Thread(target=fresh.generate, args=(name, [PROMPTS[name]], [1], "", 1)) for name in PROMPTS]
+    for request in requests:
+        request.start()
+    for request in requests:
+        request.join()
+    assert most == [1]
 
 
 def test_a_batch_draws_each_prompt_and_seed_with_the_adapter_asked_for(studio: Studio) -> None:
