@@ -133,7 +133,7 @@ def noise_pred(
     """
     dtype = unet.dtype
     scale = guidance_scale.at(t) if isinstance(guidance_scale, Guidance) else guidance_scale
-    if isinstance(scale, float | int) and scale == 1.0:
+    if scale == 1.0 if isinstance(scale, float | int) else bool((scale == 1.0).all()):
         prediction = unet(latents.to(dtype), t, encoder_hidden_states=prompt_embeds.cond.to(dtype), return_dict=False)[
             0
         ]
@@ -151,29 +151,36 @@ def noise_pred(
 def split_prediction(
     scheduler: SchedulerMixin, prediction: torch.Tensor, latents: torch.Tensor, t: torch.Tensor | float
 ) -> Denoised:
-    """Clean latents and noise from a prediction at one timestep, for variance-preserving latents.
+    """Clean latents and noise from a prediction at one timestep, or one a sample (B,), for variance-preserving latents.
 
     With a = alphas_cumprod[t] and x = sqrt(a) x0 + sqrt(1 - a) noise: epsilon prediction by arXiv 2010.02502
     (equation 9), velocity v = sqrt(a) noise - sqrt(1 - a) x0 by arXiv 2202.00512 (appendix D).
     Raises ModelError for another prediction type, or for epsilon prediction where no signal is left (a = 0).
     """
     signal, noise_level = signal_and_noise_level(scheduler, t)
+    if isinstance(signal, torch.Tensor) and isinstance(noise_level, torch.Tensor):
+        signal, noise_level = (level.to(latents)[:, None, None, None] for level in (signal, noise_level))
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return Denoised(
             x0=signal * latents - noise_level * prediction, noise=signal * prediction + noise_level * latents
         )
     if kind == "epsilon":
-        if signal == 0.0:
+        if not bool(torch.as_tensor(signal).all()):
             raise ModelError(f"noise prediction cannot be read at timestep {t}, where the signal is 0")
         return Denoised(x0=(latents - noise_level * prediction) / signal, noise=prediction)
     if kind == "sample":
-        return Denoised(x0=prediction, noise=(latents - signal * prediction) / max(noise_level, 1e-8))
+        return Denoised(x0=prediction, noise=(latents - signal * prediction) / (noise_level + 1e-8))
     raise ModelError(f"the scheduler predicts {kind!r}; allowed: epsilon, v_prediction, sample")
 
 
-def signal_and_noise_level(scheduler: SchedulerMixin, t: torch.Tensor | float) -> tuple[float, float]:
-    """(sqrt(a), sqrt(1 - a)) at a timestep, a = alphas_cumprod[t]."""
+def signal_and_noise_level(
+    scheduler: SchedulerMixin, t: torch.Tensor | float
+) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+    """(sqrt(a), sqrt(1 - a)), a = alphas_cumprod[t], at a timestep, or float64 (B,) at one a sample."""
+    if isinstance(t, torch.Tensor) and t.numel() > 1:
+        alphas = scheduler.alphas_cumprod.to(t.device)[t].double()
+        return alphas.sqrt(), (1.0 - alphas).sqrt()
     alpha = float(scheduler.alphas_cumprod[round(float(t))])
     return math.sqrt(alpha), math.sqrt(1.0 - alpha)
 

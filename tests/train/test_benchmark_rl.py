@@ -17,8 +17,8 @@ from train.benchmarks.rl.base import write_base
 from train.benchmarks.rl.task import Meter, redness
 
 CONFIG = benchmark.RlBenchmark(
-    out="", picture="", peer=False, seeds=(3,), epochs=2, warmup=1, images_per_prompt=2, batch=8, steps=2, threads=1,
-    evaluation_images=2, base_steps=1, compile=False,
+    out="", picture="", peer=False, seeds=(3,), epochs=2, warmup=1, images_per_prompt=2, sample_batch=8, batch=8,
+    steps=2, threads=1, evaluation_images=2, base_steps=1, compile=False,
 )  # fmt: skip
 IMAGES, GUIDED = 16, 2
 ROWS = {
@@ -84,13 +84,15 @@ def test_the_peer_is_asked_for_the_prompts_that_our_learner_draws(base):
 
 
 def test_the_peer_refuses_work_it_cannot_do_equally(base):
-    equal = peer.options(work(base, "trl", images_per_prompt=4, batch=16))
-    assert equal["sample_num_batches_per_epoch"] == 2
+    equal = peer.options(work(base, "trl", images_per_prompt=4, sample_batch=32, batch=16))
+    assert equal["sample_num_batches_per_epoch"] * equal["sample_batch_size"] == 32
     assert equal["train_gradient_accumulation_steps"] * equal["train_batch_size"] * 2 == 32  # two updates an epoch
     with pytest.raises(InputError, match="rank is 8"):
         peer.options(work(base, "trl", rank=8))
     with pytest.raises(InputError, match="whole batches"):
         peer.options(work(base, "trl", batch=12))
+    with pytest.raises(InputError, match="sample_batch is 4"):
+        peer.options(work(base, "trl", sample_batch=4))
 
 
 def test_trl_does_the_same_work_from_the_same_start(base, tmp_path):

@@ -148,7 +148,7 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch(base):
 @pytest.mark.parametrize("objective", ["ddpo", "grpo", "forward"])
 def test_micro_batches_add_up_to_the_full_gradient(base, objective):
     found = []
-    for micro_batch in (8, 3):
+    for micro_batch in (8, 3, 16):  # an image's timesteps each by itself, cut across, and together
         made = learner(base, objective=objective, micro_batch=micro_batch, kl_weight=0.1)
         # Away from the start, where the divergence and the implicit policies have gradients of their own.
         with torch.no_grad():
@@ -158,7 +158,22 @@ def test_micro_batches_add_up_to_the_full_gradient(base, objective):
         made.accumulate(0, rollout, np.linspace(-2, 2, 8, dtype=np.float32), np.arange(8))
         found.append(gradient(made))
     assert found[0].abs().max() > 0
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-3, atol=1e-6)
+
+
+def test_guidance_that_rests_at_some_timesteps_is_replayed_as_it_was_drawn(base):
+    """Rows of one pass through the unet are then at guidance scales of their own."""
+    options = {"guidance_scale": 3.0, "guidance_interval": (100, 600), "timesteps_per_image": 0}
+    found = []
+    for micro_batch in (8, 64):
+        made = learner(base, micro_batch=micro_batch, **options)
+        figures = made.accumulate(0, made.draw(0), np.linspace(-2, 2, 8, dtype=np.float32), np.arange(8))
+        assert figures["ratio_deviation"] < 1e-5
+        found.append((gradient(made), {name: value for name, value in figures.items() if "/" in name}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
+    assert len(found[0][1]) == 3 * len(made.schedule)
 
 
 def test_equal_rewards_leave_the_policy_where_it_was(base):

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -66,6 +67,32 @@ def test_step_in_fp32_agrees_with_the_equations_in_float64(prediction_type):
         step = ddim_step(schedule, index, prediction.float(), latents.float(), noise=noise.float())
         torch.testing.assert_close(step.mean.double(), mean, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(step.log_prob.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_rows_at_steps_of_their_own_are_those_of_each_step(prediction_type):
+    schedule = stochastic_schedule(configuration(prediction_type, steps_offset=1), 10)
+    latents, prediction, noise = normal(0), normal(1), normal(2)
+    steps = np.arange(len(latents)) * 4
+    assert len(set(steps)) > 1
+    together = ddim_step(schedule, steps, prediction, latents, noise=noise)
+    again = ddim_step(schedule, steps, prediction, latents, prev_latents=together.prev_latents)
+    assert torch.equal(again.log_prob, together.log_prob)
+    assert schedule.timestep(steps).tolist() == [schedule.timestep(int(step)) for step in steps]
+    for row, step in enumerate(steps):
+        one = slice(row, row + 1)
+        alone = ddim_step(schedule, int(step), prediction[one], latents[one], noise=noise[one])
+        assert together.std[row].item() == pytest.approx(alone.std)
+        for found, expected in (
+            (together.mean, alone.mean),
+            (together.prev_latents, alone.prev_latents),
+            (together.log_prob, alone.log_prob),
+            (kl_same_std(together.mean, latents, together.std), kl_same_std(alone.mean, latents[one], alone.std)),
+        ):
+            torch.testing.assert_close(found[one], expected, rtol=1e-6, atol=1e-6)
+    windowed = schedule.windowed(0, 1)
+    with pytest.raises(ZeroVarianceError, match="step 4 draws nothing"):
+        ddim_step(windowed, np.array([0, 4]), prediction[:2], latents[:2], noise=noise[:2])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -149,6 +149,19 @@ def test_a_perfect_prediction_gives_back_image_and_noise(prediction_type: str, t
     torch.testing.assert_close(found.noise, noise, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_samples_at_timesteps_of_their_own_are_read_one_by_one(prediction_type: str) -> None:
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    prediction, latents = torch.randn(2, 3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([10, 400, 950])
+    together = split_prediction(scheduler, prediction, latents, t)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = split_prediction(scheduler, prediction[one], latents[one], int(t[row]))
+        torch.testing.assert_close(together.x0[one], alone.x0)
+        torch.testing.assert_close(together.noise[one], alone.noise)
+
+
 def test_unknown_prediction_type_is_named() -> None:
     scheduler = DDIMScheduler(prediction_type="epsilon")
     scheduler.register_to_config(prediction_type="flow_prediction")

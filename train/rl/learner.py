@@ -40,6 +40,7 @@ from train.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-3
+BY_PASS = ("ratio_deviation", "ratio", "clip_fraction")  # figures that are also logged timestep by timestep
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class RlLearner:
             alpha=config.lora_alpha,
             convolutions=config.lora_convolutions,
             averaged=averaged,
+            folded=not config.bf16,
             start=config.lora_start,
             seed=config.seed,
         )
@@ -223,7 +225,8 @@ class RlLearner:
     def accumulate(self, step: int, rollout: Rollout, advantages: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         """Add the gradient of the mean loss over `rows` and their timesteps of this epoch to the trained weights.
 
-        Goes through `rows` micro_batch at a time, each part weighted by its size: the gradient does not depend on it.
+        Goes through the pairs of `rows` and their passes micro_batch at a time, those of one pass beside each other:
+        the gradient does not depend on it.
         Several processes share `rows`: each adds its part of the gradient, and the figures are those of all.
         """
         figures: dict[str, float] = defaultdict(float)
@@ -231,22 +234,24 @@ class RlLearner:
         mine = rows[processes.share(len(rows))]
         # A process that is left without rows replays the first at no weight: all have the same things to add up.
         mine, size = (mine, len(rows)) if len(mine) else (rows[:1], math.inf)
+        pairs, which = np.tile(mine, len(passes.names)), np.repeat(np.arange(len(passes.names)), len(mine))
         with self._counted("replay"):
-            for name, replay in passes.items():
-                for start in range(0, len(mine), self.config.micro_batch):
-                    part = mine[start : start + self.config.micro_batch]
-                    weight = len(part) / size
-                    losses = replay(part, rollout, torch.from_numpy(advantages[part]).to(self.table.cond.device))
-                    (losses.loss.mean() * weight / len(passes)).backward()
-                    figures["loss"] += losses.loss.detach().mean().item() * weight / len(passes)
-                    for key, values in losses.figures.items():
-                        figures[key] += values.mean().item() * weight / len(passes)
-                    if "ratio" in losses.figures:
-                        deviation = (losses.figures["ratio"] - 1).abs()
-                        figures["ratio_deviation"] = max(figures["ratio_deviation"], deviation.max().item())
-                        figures[f"ratio_deviation/{name}"] += deviation.mean().item() * weight
-                        figures[f"ratio/{name}"] += losses.figures["ratio"].mean().item() * weight
-                        figures[f"clip_fraction/{name}"] += losses.figures["clip_fraction"].mean().item() * weight
+            for start in range(0, len(pairs), self.config.micro_batch):
+                part = slice(start, start + self.config.micro_batch)
+                weighed = torch.from_numpy(advantages[pairs[part]]).to(self.table.cond.device)
+                losses = passes.replay(pairs[part], which[part], rollout, weighed)
+                (losses.loss.sum() / (size * len(passes.names))).backward()
+                for key, values in {"loss": losses.loss.detach(), **losses.figures}.items():
+                    figures[key] += values.sum().item() / (size * len(passes.names))
+                if "ratio" not in losses.figures:
+                    continue
+                deviation = (losses.figures["ratio"] - 1).abs()
+                figures["ratio_deviation"] = max(figures["ratio_deviation"], deviation.max().item())
+                for number in np.unique(which[part]):
+                    of_pass = torch.from_numpy(which[part] == number)
+                    for key, values in (losses.figures | {"ratio_deviation": deviation}).items():
+                        if key in BY_PASS:
+                            figures[f"{key}/{passes.names[number]}"] += values[of_pass].sum().item() / size
         summed = processes.total(figures)
         if "ratio_deviation" in figures:
             summed["ratio_deviation"] = processes.greatest(figures["ratio_deviation"])

@@ -11,10 +11,11 @@ is as large as the clip range of 1e-4.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
@@ -22,6 +23,8 @@ from medviz.errors import InputError
 from medviz.generation.sampling import split_prediction
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+Steps = int | np.ndarray
+"""The step of a chain that all rows are at, or one a row (B,)."""
 
 
 class ZeroVarianceError(InputError):
@@ -45,6 +48,11 @@ class DdimSchedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def timestep(self, index: Steps) -> torch.Tensor:
+        """What the unet is told at `index`: int64, () or (B,) for one step a row. A tensor, for a compiled unet is
+        compiled again for every other number."""
+        return torch.tensor(self.timesteps[index] if isinstance(index, int) else [self.timesteps[i] for i in index])
+
     @property
     def stochastic(self) -> tuple[int, ...]:
         """The steps that draw noise, ascending: those that have a log-probability."""
@@ -65,13 +73,14 @@ class DdimSchedule:
 class DdimStep:
     """One step of B chains.
 
-    prev_latents (B, C, h, w) fp32: what was drawn (rollout) or given (replay); mean (B, C, h, w) fp32 and std (scalar):
-    the normal distribution it was drawn from; log_prob (B,) fp32: mean over the latent's elements, not their sum.
+    prev_latents (B, C, h, w) fp32: what was drawn (rollout) or given (replay); mean (B, C, h, w) fp32 and std, one
+    number or (B, 1, 1, 1): the normal distribution it was drawn from; log_prob (B,) fp32: mean over the latent's
+    elements, not their sum.
     """
 
     prev_latents: torch.Tensor
     mean: torch.Tensor
-    std: float
+    std: float | torch.Tensor
     log_prob: torch.Tensor
 
 
@@ -137,20 +146,23 @@ def _ddpm_std(alpha: float, alpha_prev: float) -> float:
     return math.sqrt(max(variance, 0.0))
 
 
-def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: float | torch.Tensor) -> torch.Tensor:
     """Log-density of `sample` (B, ...) under N(mean, std^2 I), its mean over the elements of each sample: (B,).
+
+    std: one number, or one a sample (B, 1, ...).
 
     In fp32, or in float64 where `mean` is.
     The mean, not the sum: a clip range on the ratio then means a different thing for another latent size.
     """
     working = torch.float64 if mean.dtype == torch.float64 else torch.float32
     squared = (sample.to(working) - mean.to(working)).square() / (2 * std**2)
-    return -(squared + math.log(std) + 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+    log_std = std.log() if isinstance(std, torch.Tensor) else math.log(std)
+    return -(squared + log_std + 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
 def ddim_step(
     schedule: DdimSchedule,
-    index: int,
+    index: Steps,
     prediction: torch.Tensor,
     latents: torch.Tensor,
     *,
@@ -163,10 +175,11 @@ def ddim_step(
     Raises InputError unless exactly one of `noise` and `prev_latents` is given, ZeroVarianceError for a step that
     draws nothing.
     """
-    std = schedule.stds[index]
-    if std <= 0:
-        raise ZeroVarianceError(f"step {index} draws nothing: it is deterministic and has no log-probability")
+    for one in {index} if isinstance(index, int) else set(index.tolist()):
+        if schedule.stds[one] <= 0:
+            raise ZeroVarianceError(f"step {one} draws nothing: it is deterministic and has no log-probability")
     mean = deterministic_step(schedule, index, prediction, latents)
+    std = _at(index, schedule.stds.__getitem__, mean)
     if noise is not None and prev_latents is None:
         drawn = (mean + std * noise.to(mean)).detach()
     elif prev_latents is not None and noise is None:
@@ -177,17 +190,29 @@ def ddim_step(
 
 
 def deterministic_step(
-    schedule: DdimSchedule, index: int, prediction: torch.Tensor, latents: torch.Tensor
+    schedule: DdimSchedule, index: Steps, prediction: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """Where step `index` leads before its noise is added, (B, C, h, w) fp32 (float64 where latents are); keeps the
     gradient. With a std of 0 that is the whole step."""
     working = torch.float64 if latents.dtype == torch.float64 else torch.float32
     latents, prediction = latents.to(working), prediction.to(working)
-    alpha_prev, std = schedule.alphas_prev[index], schedule.stds[index]
-    read = split_prediction(schedule.scheduler, prediction, latents, schedule.timesteps[index])
-    return math.sqrt(alpha_prev) * read.x0 + math.sqrt(max(1 - alpha_prev - std**2, 0.0)) * read.noise
+    read = split_prediction(schedule.scheduler, prediction, latents, schedule.timestep(index))
+    signal = _at(index, lambda i: math.sqrt(schedule.alphas_prev[i]), latents)
+    noise_level = _at(
+        index, lambda i: math.sqrt(max(1 - schedule.alphas_prev[i] - schedule.stds[i] ** 2, 0.0)), latents
+    )
+    return signal * read.x0 + noise_level * read.noise
 
 
-def kl_same_std(mean: torch.Tensor, reference_mean: torch.Tensor, std: float) -> torch.Tensor:
+def _at(index: Steps, coefficient: Callable[[int], float], like: torch.Tensor) -> float | torch.Tensor:
+    """The coefficient of a step; (B, 1, 1, 1) as `like` for one step a row."""
+    if isinstance(index, int):
+        return coefficient(index)
+    return torch.tensor([coefficient(i) for i in index.tolist()], dtype=like.dtype, device=like.device)[
+        :, None, None, None
+    ]
+
+
+def kl_same_std(mean: torch.Tensor, reference_mean: torch.Tensor, std: float | torch.Tensor) -> torch.Tensor:
     """KL divergence of two normals that share `std`, the mean over elements of each sample: (B,)."""
     return ((mean - reference_mean).square() / (2 * std**2)).flatten(1).mean(1)

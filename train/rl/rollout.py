@@ -18,7 +18,7 @@ from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import PromptEmbeds, initial_latents, noise_pred
 from train import processes, seeding
-from train.rl.log_prob import DdimSchedule, DdimStep, ddim_step, deterministic_step
+from train.rl.log_prob import DdimSchedule, DdimStep, Steps, ddim_step, deterministic_step
 from train.rl.prompts import PromptTable
 
 
@@ -46,17 +46,18 @@ class Rollout:
         chain, log_probs = processes.gather(self.chain, count), processes.gather(self.log_probs, count)
         return Rollout(prompt_ids, tuple(range(count)), chain[:, -1], chain, log_probs, self.weighed)
 
-    def at(self, rows: np.ndarray, index: int) -> torch.Tensor:
+    def at(self, rows: np.ndarray, index: Steps) -> torch.Tensor:
         """The latents (B, C, h, w) of `rows` before step `index`. InputError where no chain was kept."""
         if self.chain is None:
             raise InputError("this rollout kept no chain: it can be trained on by the forward objectives alone")
-        return self.chain[torch.from_numpy(np.asarray(rows)), index]
+        return self.chain[torch.from_numpy(np.asarray(rows)), torch.as_tensor(index)]
 
-    def old_log_prob(self, rows: np.ndarray, index: int) -> torch.Tensor:
+    def old_log_prob(self, rows: np.ndarray, index: Steps) -> torch.Tensor:
         """The log-probability (B,) of step `index` when `rows` were drawn. InputError for a step that drew nothing."""
-        if self.log_probs is None or index not in self.weighed:
+        if self.log_probs is None or not np.isin(index, self.weighed).all():
             raise InputError(f"step {index} of this rollout drew no noise: it has no log-probability to learn from")
-        return self.log_probs[torch.from_numpy(np.asarray(rows)), self.weighed.index(index)]
+        column = torch.as_tensor(np.searchsorted(self.weighed, index))
+        return self.log_probs[torch.from_numpy(np.asarray(rows)), column]
 
 
 def latent_seeds(seed: int, stage: str, step: int, indices: Sequence[int]) -> list[int]:
@@ -107,7 +108,7 @@ def roll_out(
 def policy_step(
     unet: UNet2DConditionModel,
     latents: torch.Tensor,
-    index: int,
+    index: Steps,
     embeds: PromptEmbeds,
     schedule: DdimSchedule,
     guidance_scale: float | Guidance,
@@ -116,7 +117,8 @@ def policy_step(
     prev_latents: torch.Tensor | None = None,
 ) -> DdimStep:
     """One random step: guided prediction, then :func:`ddim_step`. The only one, for rollout and replay alike."""
-    prediction = noise_pred(unet, latents, schedule.timesteps[index], embeds, guidance_scale)
+    told = schedule.timestep(index).to(latents.device)
+    prediction = noise_pred(unet, latents, told, embeds, guidance_scale)
     return ddim_step(schedule, index, prediction, latents, noise=noise, prev_latents=prev_latents)
 
 
@@ -134,7 +136,8 @@ def certain_steps(
     """
     predictions = []
     for index in steps:
-        predictions.append(noise_pred(unet, latents, schedule.timesteps[index], embeds, guidance_scale))
+        told = schedule.timestep(index).to(latents.device)
+        predictions.append(noise_pred(unet, latents, told, embeds, guidance_scale))
         latents = deterministic_step(schedule, index, predictions[-1], latents)
     return latents, torch.stack(predictions, 1)
 
@@ -144,11 +147,14 @@ def replay_step(
     table: PromptTable,
     rollout: Rollout,
     rows: np.ndarray,
-    index: int,
+    index: Steps,
     schedule: DdimSchedule,
     guidance_scale: float | Guidance,
 ) -> DdimStep:
-    """Step `index` of the images `rows` of `rollout` again, by whatever adapter is on; keeps the gradient."""
+    """Step `index` of the images `rows` of `rollout` again, by whatever adapter is on; keeps the gradient.
+
+    index: one step for all, or one a row.
+    """
     now, after = (rollout.at(rows, i).to(table.cond.device) for i in (index, index + 1))
     embeds = table.embeds(rollout.prompt_ids[rows])
     return policy_step(unet, now, index, embeds, schedule, guidance_scale, prev_latents=after)

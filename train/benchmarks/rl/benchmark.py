@@ -36,7 +36,7 @@ METHODS = ("ddpo", "forward", "draft")
 FORMAT_VERSION = 1
 DIFFERENCES = (
     "the peer shuffles timesteps within each image and trains timestep by timestep; here all images of an update share "
-    "the order of timesteps, and the gradient is the same sum",
+    "the order of timesteps, a pass holds several of them, and the gradient is the same sum",
     "the UNet's memory format is the default there, channels last here; it is compiled here where `compile` says so",
     "the learner's looks and safeguards are off: the peer has none",
 )
@@ -60,8 +60,13 @@ class RlBenchmark:
     """First epochs of each run whose seconds are not counted."""
     prompts_per_epoch: int = 8
     images_per_prompt: int = 4
+    sample_batch: int = 32
+    """Images a forward pass in sampling, on all sides; guidance doubles the rows."""
     batch: int = 16
-    """Images a forward pass, in sampling and in training; guidance doubles the rows."""
+    """Images a forward pass in training, on all sides."""
+    pairs: int = 64
+    """Images a backward pass of our methods, each counted for every timestep of it that the pass holds. The peer has
+    one timestep in a pass."""
     steps: int = 8
     """DDIM steps; the ddpo methods train on all of them."""
     guidance_scale: float = 3.0
@@ -92,7 +97,7 @@ def works(config: RlBenchmark, base: str, seed: int) -> list[Work]:
     """The requests of one seed; who goes first rotates with the seed."""
     statistics = {"statistics_size": 32, "statistics_minimum": 16}
     # the peer's start of LoRA, so that no side has another
-    ours: dict[str, float | str] = {"lora_start": "gaussian", "compile": config.compile}
+    ours: dict[str, float | str] = {"lora_start": "gaussian", "compile": config.compile, "micro_batch": config.pairs}
     ddpo: dict[str, float | str] = {"advantage_clip": 5.0, "clip_range": config.clip_range, **statistics}
     forward = {"advantage_clip": 3.0, "timesteps_per_image": config.timesteps_per_image}
     methods = {
@@ -110,6 +115,7 @@ def works(config: RlBenchmark, base: str, seed: int) -> list[Work]:
             epochs=config.epochs,
             prompts_per_epoch=config.prompts_per_epoch,
             images_per_prompt=config.images_per_prompt,
+            sample_batch=config.sample_batch,
             batch=config.batch,
             steps=config.steps,
             guidance_scale=config.guidance_scale,

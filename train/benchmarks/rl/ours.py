@@ -46,15 +46,14 @@ def recipe(work: Work) -> RlConfig:
         prompts_per_epoch=work.prompts_per_epoch,
         images_per_prompt=work.images_per_prompt,
         rollout_steps=work.steps,
-        rollout_batch=work.batch,
-        micro_batch=work.batch,
+        rollout_batch=work.sample_batch,
         guidance_scale=work.guidance_scale,
         updates=work.updates,
         learning_rate=work.learning_rate,
         rank=work.rank,
         lora_alpha=float(work.rank),
         anchor_weight=0.0,
-        **{**methods[work.method], **work.learning},
+        **{"micro_batch": work.batch, **methods[work.method], **work.learning},
     )
 
 

@@ -26,6 +26,11 @@ def options(work: Work) -> dict[str, Any]:
             f"an epoch has {work.images} images in batches of {work.batch}; the peer needs whole batches and as many "
             f"of them in each of the {work.updates} updates"
         )
+    if work.images % work.sample_batch or work.sample_batch % work.batch:
+        raise InputError(
+            f"sample_batch is {work.sample_batch}; the peer draws {work.images} images in whole batches, each of whole "
+            f"training batches of {work.batch}"
+        )
     batches = work.images // work.batch
     return {
         "seed": work.seed,
@@ -37,8 +42,8 @@ def options(work: Work) -> dict[str, Any]:
         "sample_num_steps": work.steps,
         "sample_eta": 1.0,
         "sample_guidance_scale": work.guidance_scale,
-        "sample_batch_size": work.batch,
-        "sample_num_batches_per_epoch": batches,
+        "sample_batch_size": work.sample_batch,
+        "sample_num_batches_per_epoch": work.images // work.sample_batch,
         "train_batch_size": work.batch,
         "train_gradient_accumulation_steps": batches // work.updates,
         "train_learning_rate": work.learning_rate,

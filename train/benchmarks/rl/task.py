@@ -29,8 +29,9 @@ _FEATURE_GRID = 8  # images are compared as 8 x 8 colours
 class Work:
     """What one side is asked to do, in values that JSON holds.
 
-    base: folder of the pipeline. prompts: all of them, every epoch draws prompts_per_epoch. batch: images a forward
-    pass, in sampling and in training. learning: options of the method alone, by the names of `train.rl.recipe`.
+    base: folder of the pipeline. prompts: all of them, every epoch draws prompts_per_epoch. sample_batch and batch:
+    images a forward pass, in sampling and in training. learning: options of the method alone, by the names of
+    `train.rl.recipe`.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Work:
     epochs: int
     prompts_per_epoch: int
     images_per_prompt: int
+    sample_batch: int
     batch: int
     steps: int
     guidance_scale: float
@@ -83,8 +85,8 @@ def look(pipeline: StableDiffusionPipeline, work: Work) -> Look:
     prompts = [prompt for prompt in work.prompts for _ in range(work.evaluation_images)]
     seeds = [seeding.key(work.seed, _STAGE, "look", i) & 0xFFFFFFFF for i in range(len(prompts))]
     parts = []
-    for start in range(0, len(prompts), work.batch):
-        rows = slice(start, start + work.batch)
+    for start in range(0, len(prompts), work.sample_batch):
+        rows = slice(start, start + work.sample_batch)
         latents = sample(pipeline, prompts[rows], seeds[rows], steps=work.steps, guidance_scale=work.guidance_scale)
         parts.append(decode(pipeline, latents) / 2 + 0.5)
     images = torch.cat(parts).cpu()
