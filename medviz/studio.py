@@ -184,7 +184,7 @@ class Studio:
         adapter: str | None = "",
         cancelled: Callable[[], bool] | None = None,
     ) -> Grounding:
-        """Show where a phrase looks in a given image: DDIM inversion, then the phrase's attention at its noise levels.
+        """Show where a phrase looks in a given image: its attention on the image half way into noise.
 
         adapter: "" is the one that the domain finds phrases with, not the one that it draws with. The models see the
         central square. heat_map, outlines and box stand on the image's own grid.

@@ -49,7 +49,6 @@ from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.scores import score_images
 
 PREVIEW_EVERY_S = 0.25  # an unfinished image is decoded no more often
-GROUND_STEPS = 20  # levels of the inversion's noise axis
 BOX_THRESHOLD = 0.5  # of the heat map's maximum
 
 Check = Callable[[], None]
@@ -172,8 +171,6 @@ def ground(models: Models, picture: Image.Image, phrase: str, adapter: str | Non
             pipeline,
             torch.stack([seen, torch.zeros_like(seen)]),
             phrase,
-            steps=GROUND_STEPS,
-            time_bins=GROUND_STEPS,  # each noise level is stretched for itself, as the evaluation reads it
             on_step=lambda index, latents: check(),
         )
     heat_map, prior = (grounding_heat_map(maps, sorted(tokens), (side_px, side_px), sample=sample) for sample in (0, 1))

@@ -150,6 +150,8 @@ def test_the_warm_up_is_left_out_of_the_speed():
     assert found["images_per_s"] == pytest.approx(4.0)
     assert found["unet_rows_per_s"] == pytest.approx(20.0)
     assert found["peak_over_imports_mib"] == 99
+    # The first epoch lasted 99 s and more: its seconds are those of the others in what a method spends, too.
+    assert summary.spent(answer([0.0, 0.1, 0.2], seconds=2.0), images=8, warmup=1)["seconds"].tolist() == [0, 2, 4]
 
 
 def test_the_reference_is_charged_to_its_own_first_look_at_the_score():
@@ -157,7 +159,7 @@ def test_the_reference_is_charged_to_its_own_first_look_at_the_score():
         "ddpo": [answer([0.0, 0.2, 0.5, 0.6, 0.5]), answer([0.0, 0.2, 0.3, 0.4, 0.5])],
         "forward": [answer([0.0, 0.7, 0.8, 0.8, 0.8]), answer([0.0, 0.1, 0.1, 0.1, 0.4])],
     }
-    found = summary.efficiency(answers, "forward", "ddpo", images=8)
+    found = summary.efficiency(answers, "forward", "ddpo", images=8, warmup=0)
     assert (found["reached"], found["n"]) == (1, 2)
     assert found["queries_ratio"]["value"] == pytest.approx(8 / 16)  # of the one seed that reached it
     assert found["unet_rows"]["value"] == 40

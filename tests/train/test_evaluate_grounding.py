@@ -43,7 +43,7 @@ from train.evaluate.grounding.priors import oracle, radiology_priors
 from train.evaluate.grounding.readings import Reading, asked_head, cam_maps, grad_cam, phrase_maps
 from train.evaluate.grounding.scores import METRICS, Arm, figures, interval, patient_means, score_maps
 from train.evaluate.grounding.stage import GroundingConfig, run
-from train.evaluate.report import section
+from train.evaluate.report import section, tables
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 
@@ -293,7 +293,7 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
         steps=10,
         models=str(model_root),
         tuned={"mine": (one, two), "none": (zeros,)},
-        one_step=("mine", "none"),
+        inversion=("mine", "none"),
         one_step_seeds=(0, 1),
         batch=4,
         reports=str(tmp_path / "reports"),
@@ -303,7 +303,7 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
     assert stored == json.loads((tmp_path / "run" / "metrics.json").read_text()) == report
     arms = [arm["name"] for arm in report["arms"]]
     assert arms == [
-        "frozen_inversion", "frozen_one_step", "mine_inversion", "mine_one_step", "none_inversion", "none_one_step",
+        "frozen_one_step", "frozen_inversion", "mine_one_step", "mine_inversion", "none_one_step", "none_inversion",
         "judge_grad_cam", "uniform", "prior_class", "prior_place", "oracle_3", "oracle_6",
     ]  # fmt: skip
     assert list(report["sets"]) == ["structures", "placed_boxes", "named_boxes"]
@@ -313,8 +313,8 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
     found = {each["name"]: each for each in report["figures"]}
     assert len(found) == len(report["figures"])
     macro = found["placed_boxes_macro_cnr"]
-    assert macro["adapters"]["none_inversion"]["change"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
-    assert macro["adapters"]["mine_inversion"]["change"]["value"] != 0
+    assert macro["adapters"]["none_one_step"]["change"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    assert macro["adapters"]["mine_one_step"]["change"]["value"] != 0
     assert macro["adapters"]["uniform"] == {"value": {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}, "change": None}
     assert macro["adapters"]["judge_grad_cam"]["value"]["value"] is not None
     assert found["structures_macro_cnr"]["adapters"]["judge_grad_cam"]["value"]["value"] is None
@@ -327,20 +327,23 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
     assert of_lung["prior_place"]["value"]["value"] == 0, "the side is known: the better prior"
     assert of_lung["prior_class"]["value"]["value"] < -0.3
     text = section({**report, "file": "grounding-radiology.json"})
+    assert text in tables([{**report, "file": "grounding-radiology.json"}])
+    assert text not in tables([{**report, "file": "grounding-radiology.json", "tables": False}])
     assert "| Hand-drawn masks | CNR ↑, n 2 |" in text
     assert "| Readers' boxes, side and zone: mIoU by class | Lung opacity ↑, n 1 | Pneumonia ↑, n 1 |" in text
+    assert "Mine (`mine`, one step, 2 training seeds)" in text
     assert "Mine (`mine`, DDIM inversion, 2 training seeds)" in text
     made = len(list((tmp_path / "run").rglob("*.npz")))
     apart = []
     for folder in (one, two):
-        again = run(replace(config, tuned={"mine": (folder,)}, one_step=(), reports=""))
+        again = run(replace(config, tuned={"mine": (folder,)}, inversion=(), reports=""))
         (value,) = (
-            each["adapters"]["mine_inversion"]["value"] for each in again["figures"] if each["name"] == macro["name"]
+            each["adapters"]["mine_one_step"]["value"] for each in again["figures"] if each["name"] == macro["name"]
         )
         apart.append(value["value"])
     assert len(list((tmp_path / "run").rglob("*.npz"))) == made, "every map was found again"
     assert apart[0] != apart[1]
-    assert macro["adapters"]["mine_inversion"]["value"]["value"] == pytest.approx(sum(apart) / 2)
+    assert macro["adapters"]["mine_one_step"]["value"]["value"] == pytest.approx(sum(apart) / 2)
     assert not list((tmp_path / "run").rglob(".writing*"))
 
 
@@ -369,7 +372,7 @@ def test_dermatology_from_the_command_line_and_without_places(
     ("options", "message"),
     [
         ({"domain": "cardiology"}, "domain must be one of dermatology, radiology"),
-        ({"one_step": ("guess",)}, "one_step must name rows of tuned"),
+        ({"inversion": ("guess",)}, "inversion must name rows of tuned"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"one_step_seeds": ()}, "one_step_seeds"),
         ({"tuned": {"mine": ()}}, "tuned needs names"),

@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> AnatomyVariantsConfig:
         prompts=str(tmp_path / "prompts.yaml"),
         grounding=str(tmp_path / "grounding.yaml"),
         variants={"plain": "", "low_rank": "--title 'Low rank' --lora-rank 4"},
-        one_step=("low_rank",),
+        inversion=("low_rank",),
     )
 
 
@@ -81,7 +81,7 @@ def test_each_is_trained_once_and_all_are_read_together(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"out: {config.out}\nprompts: {config.prompts}\ngrounding: {config.grounding}\n"
-        "variants: {plain: '', low_rank: --lora-rank 4}\none_step: [low_rank]\n"
+        "variants: {plain: '', low_rank: --lora-rank 4}\ninversion: [low_rank]\n"
     )
     main([str(recipe)])
     assert [(Path(one.out).name, one.resume) for one in trained] == [
@@ -91,7 +91,12 @@ def test_each_is_trained_once_and_all_are_read_together(
     assert reading.tuned == {
         name: tuple(f"{config.out}/{name}-seed{seed}/model" for seed in (0, 1, 2)) for name in ("plain", "low_rank")
     }
-    assert (reading.split, reading.one_step, reading.batch, reading.out) == ("validation", ("low_rank",), 3, config.out)
+    assert (reading.split, reading.inversion, reading.batch, reading.out) == (
+        "validation",
+        ("low_rank",),
+        3,
+        config.out,
+    )
     assert run(replace(config, split="test"), "again") == {"command": "again"}
     assert len(trained) == 6, "what is there is not trained again"
     assert readings[1].split == "test"

@@ -104,7 +104,7 @@ def test_attention_of_each_image_is_its_own(
 
 
 def test_attention_is_read_at_the_inverted_latents(pipeline: StableDiffusionPipeline, images: torch.Tensor) -> None:
-    found = attention_on_image(pipeline, images, PROMPT, steps=10, t_window=(0.3, 0.5))
+    found = attention_on_image(pipeline, images, PROMPT, method="inversion", steps=10, t_window=(0.3, 0.5))
     path, embeds = invert(pipeline, images, 10), encode_prompts(pipeline, [PROMPT, PROMPT])
     with capture(pipeline.unet, batch_size=2) as maps, torch.no_grad():
         for index in (3, 4):
@@ -131,7 +131,7 @@ def test_cancelling_leaves_no_hook(pipeline: StableDiffusionPipeline, images: to
             raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        attention_on_image(pipeline, images, PROMPT, steps=10, on_step=stop)
+        attention_on_image(pipeline, images, PROMPT, method="inversion", steps=10, on_step=stop)
     assert not any(module._forward_hooks for module in pipeline.unet.modules())
 
 
@@ -141,8 +141,8 @@ def test_cancelling_leaves_no_hook(pipeline: StableDiffusionPipeline, images: to
         ({"method": "guess"}, "allowed: inversion, one_step"),
         ({"prompts": [PROMPT]}, "2 images"),
         ({"t_window": (0.7, 0.3)}, "t_window"),
-        ({"t_window": (0.41, 0.42), "steps": 3}, "no noise level"),
-        ({"steps": 0}, "steps"),
+        ({"method": "inversion", "t_window": (0.41, 0.42), "steps": 3}, "no noise level"),
+        ({"method": "inversion", "steps": 0}, "steps"),
         ({"method": "one_step", "seeds": ()}, "no noise level"),
     ],
 )

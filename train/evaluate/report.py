@@ -57,7 +57,8 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def tables(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of all reports, one section each; says so where there is none."""
+    """Markdown of all reports, one section each, but of those that say they are for choosing; or that there is none."""
+    reports = [report for report in reports if report.get("tables", True)]
     if not reports:
         return "No evaluation has been run yet: every figure is not computed."
     return "\n\n".join(section(report) for report in reports)

@@ -38,8 +38,8 @@ class AnatomyVariantsConfig(StageConfig):
     """Training seeds, at least 3 and the same for every variant."""
     grounding: str = ""
     """The grounding recipe: the images, and how they are read."""
-    one_step: tuple[str, ...] = ()
-    """Variants that are read by one step as well."""
+    inversion: tuple[str, ...] = ()
+    """Variants that are read by DDIM inversion as well."""
     split: str = "validation"
     """Images to read: validation to choose by, test to report once."""
 
@@ -72,7 +72,7 @@ def run(config: AnatomyVariantsConfig, command: str = "") -> dict[str, Any]:
             anatomy_prompts.run(replace(wanted, resume=bool(checkpoint.steps(Path(wanted.out)))))
     tuned = {name: tuple(f"{one.out}/model" for one in by_seed) for name, by_seed in plans.items()}
     reading = read_recipe(config.grounding, GroundingConfig)
-    reading = replace(reading, tuned=tuned, one_step=config.one_step, split=config.split)
+    reading = replace(reading, tuned=tuned, inversion=config.inversion, split=config.split)
     return stage.run(replace(reading, out=config.out, device=config.device), command=command)
 
 

@@ -37,7 +37,8 @@ FORMAT_VERSION = 1
 DIFFERENCES = (
     "the peer shuffles timesteps within each image and trains timestep by timestep; here all images of an update share "
     "the order of timesteps, a pass holds several of them, and the gradient is the same sum",
-    "the UNet's memory format is the default there, channels last here; it is compiled here where `compile` says so",
+    "the UNet's memory format is the default there, channels last here; LoRA's layers multiply once here; our ddpo's "
+    "UNet is compiled where `compile` says so",
     "the learner's looks and safeguards are off: the peer has none",
 )
 
@@ -84,8 +85,8 @@ class RlBenchmark:
     draft_updates: int = 4
     timesteps_per_image: int = 3
     """Noise levels of each image that the forward method trains on."""
-    compile: bool = False
-    """Compile the UNet of our methods; it happens in the warm-up, whose seconds are reported apart."""
+    compile: bool = True
+    """Compile the UNet of our ddpo, for minutes in the warm-up of its first run; those seconds are reported apart."""
     evaluation_images: int = 4
     """Images of each prompt in a look."""
     threads: int = 2
@@ -97,12 +98,12 @@ def works(config: RlBenchmark, base: str, seed: int) -> list[Work]:
     """The requests of one seed; who goes first rotates with the seed."""
     statistics = {"statistics_size": 32, "statistics_minimum": 16}
     # the peer's start of LoRA, so that no side has another
-    ours: dict[str, float | str] = {"lora_start": "gaussian", "compile": config.compile, "micro_batch": config.pairs}
+    ours: dict[str, float | str] = {"lora_start": "gaussian", "micro_batch": config.pairs}
     ddpo: dict[str, float | str] = {"advantage_clip": 5.0, "clip_range": config.clip_range, **statistics}
     forward = {"advantage_clip": 3.0, "timesteps_per_image": config.timesteps_per_image}
     methods = {
         **({PEER: (config.learning_rate, config.updates, ddpo)} if config.peer else {}),
-        "ddpo": (config.learning_rate, config.updates, ours | ddpo),
+        "ddpo": (config.learning_rate, config.updates, ours | ddpo | {"compile": config.compile}),
         "forward": (config.forward_learning_rate, config.forward_updates, ours | forward),
         "draft": (config.draft_learning_rate, config.draft_updates, ours),
     }

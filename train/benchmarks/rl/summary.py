@@ -40,10 +40,14 @@ def speed(answer: Mapping[str, Any], images: int, warmup: int) -> dict[str, floa
     }
 
 
-def spent(answer: Mapping[str, Any], images: int) -> dict[str, np.ndarray]:
-    """What had been spent before each look (E + 1,): reward queries, UNet rows, seconds of sampling and training."""
+def spent(answer: Mapping[str, Any], images: int, warmup: int) -> dict[str, np.ndarray]:
+    """What had been spent before each look (E + 1,): reward queries, UNet rows, seconds of sampling and training.
+
+    The first `warmup` epochs are charged the median second of the others: what compiling takes is reported apart.
+    """
     rows = [epoch["sample_rows"] + epoch["train_rows"] for epoch in answer["epochs"]]
     seconds = [epoch["sample_s"] + epoch["train_s"] for epoch in answer["epochs"]]
+    seconds[:warmup] = [float(np.median(seconds[warmup:]))] * warmup
     return {
         "queries": np.arange(len(rows) + 1) * float(images),
         "unet_rows": np.concatenate([[0.0], np.cumsum(rows)]),
@@ -56,16 +60,16 @@ def rewards(answer: Mapping[str, Any]) -> np.ndarray:
     return np.array([seen["reward"] for seen in answer["looks"]])
 
 
-def cost_to(answer: Mapping[str, Any], target: float, images: int) -> dict[str, float]:
+def cost_to(answer: Mapping[str, Any], target: float, images: int, warmup: int) -> dict[str, float]:
     """What was spent at the first look whose mean reward is `target` or more; NaN where none is."""
     reached = np.flatnonzero(rewards(answer) >= target)
     return {
         name: float(values[reached[0]]) if len(reached) else float("nan")
-        for name, values in spent(answer, images).items()
+        for name, values in spent(answer, images, warmup).items()
     }
 
 
-def efficiency(answers: Answers, method: str, reference: str, images: int) -> dict[str, Any]:
+def efficiency(answers: Answers, method: str, reference: str, images: int, warmup: int) -> dict[str, Any]:
     """What `method` spends to reach the final reward of `reference` on the same seed, over what `reference` spent.
 
     The reference is charged up to its own first look at that reward, not to its end. Ratios are over the seeds that
@@ -73,8 +77,8 @@ def efficiency(answers: Answers, method: str, reference: str, images: int) -> di
     """
     pairs = list(zip(answers[method], answers[reference], strict=True))
     targets = [float(rewards(other)[-1]) for _, other in pairs]
-    mine = [cost_to(one, target, images) for (one, _), target in zip(pairs, targets, strict=True)]
-    theirs = [cost_to(other, target, images) for (_, other), target in zip(pairs, targets, strict=True)]
+    mine = [cost_to(one, target, images, warmup) for (one, _), target in zip(pairs, targets, strict=True)]
+    theirs = [cost_to(other, target, images, warmup) for (_, other), target in zip(pairs, targets, strict=True)]
     found: dict[str, Any] = {
         "method": method,
         "reference": reference,
@@ -90,9 +94,9 @@ def efficiency(answers: Answers, method: str, reference: str, images: int) -> di
     return found
 
 
-def curve(answers: Sequence[Mapping[str, Any]], images: int) -> list[dict[str, Any]]:
+def curve(answers: Sequence[Mapping[str, Any]], images: int, warmup: int) -> list[dict[str, Any]]:
     """Reward and diversity of each look over the seeds, and what had been spent by then (means over the seeds)."""
-    costs = [spent(answer, images) for answer in answers]
+    costs = [spent(answer, images, warmup) for answer in answers]
     points = []
     for index in range(len(answers[0]["looks"])):
         seen = [answer["looks"][index] for answer in answers]
@@ -114,7 +118,7 @@ def summary(answers: Answers, images: int, warmup: int) -> dict[str, Any]:
     methods = {
         name: {
             **{key: mean_interval(np.array([one[key] for one in speeds[name]])).as_json() for key in speeds[name][0]},
-            "curve": curve(found, images),
+            "curve": curve(found, images, warmup),
         }
         for name, found in answers.items()
     }
@@ -122,7 +126,7 @@ def summary(answers: Answers, images: int, warmup: int) -> dict[str, Any]:
     if "trl" in answers:
         found["against_peer"] = _against(answers, speeds, "ddpo", "trl")
     found["efficiency"] = [
-        efficiency(answers, method, reference, images)
+        efficiency(answers, method, reference, images, warmup)
         for method in ("forward", "draft")
         for reference in ("ddpo", "trl")
         if reference in answers and method in answers

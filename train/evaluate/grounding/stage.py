@@ -21,13 +21,13 @@ import numpy as np
 from medviz import __version__
 from medviz.domains import get_domain
 from medviz.errors import InputError
+from medviz.generation.inversion import Method
 from medviz.grounding.metrics import MIOU_THRESHOLDS
 from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_adapter
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import NAME_PATTERN, read_json
 from medviz.results import HeatMap
 from medviz.rewards.classifier import AttributeClassifier
-from medviz.workbench import GROUND_STEPS
 from train.config import StageConfig, parse
 from train.datasets.grounded_phrases import SETS, PhraseSet
 from train.datasets.split import open_split
@@ -39,13 +39,15 @@ from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
 from train.experiments.pieces import folder_digest, write_json
 
-METHODS = {"inversion": "DDIM inversion", "one_step": "one step"}
+METHODS: dict[Method, str] = {"one_step": "one step", "inversion": "DDIM inversion"}
+"""How attention is read; the first is what the app does, and what every row is held against."""
 ORACLES = (3, 6)
 """Sigmas a side of the true box."""
 CLASS_PRIOR, PLACE_PRIOR = "prior_class", "prior_place"
 INTERVALS = (
     "brackets hold 95 % intervals over patients or lesions (tuned rows: and training seeds), drawn with replacement; "
-    "Δ is the change against the frozen baseline, patient by patient; a macro figure is the mean of its classes"
+    "Δ is the change against the frozen baseline read by one step, patient by patient; a macro figure is the mean of "
+    "its classes"
 )
 NOTES = (
     "several boxes or parts of a mask count as one region",
@@ -63,7 +65,7 @@ logger = logging.getLogger(__name__)
 class GroundingConfig(StageConfig):
     """Options of the grounding evaluation. Maps already made are found again, so a stopped run goes on by itself."""
 
-    steps: int = GROUND_STEPS
+    steps: int = 20
     """Levels of the inversion's noise axis."""
     domain: str = "radiology"
     models: str = "assets/models"
@@ -72,8 +74,8 @@ class GroundingConfig(StageConfig):
     """Images to read; the hand-drawn structures are of test images alone."""
     tuned: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Row -> folders of its adapters, one a training seed, for this base."""
-    one_step: tuple[str, ...] = ()
-    """Rows of `tuned` that have a second row, read by one step; all have one read by inversion."""
+    inversion: tuple[str, ...] = ()
+    """Rows of `tuned` that have a second row, read by DDIM inversion; all have one read by one step."""
     one_step_seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Noises that the one-step variant averages."""
     each_level: bool = True
@@ -83,14 +85,14 @@ class GroundingConfig(StageConfig):
     batch: int = 16
     """Images in a pass of the UNet; part of what names the stored maps."""
     reports: str = "assets/reports"
-    """Folder that also gets the JSON (empty: only `out`)."""
+    """Folder that also gets the JSON (empty: only `out`); of the test split, the tables are made of it."""
 
     def checked(self) -> GroundingConfig:
         """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
         if self.domain not in SETS:
             raise InputError(f"domain must be one of {', '.join(SETS)}, found {self.domain!r}")
-        if not set(self.one_step) <= set(self.tuned):
-            raise InputError(f"one_step must name rows of tuned ({', '.join(self.tuned) or 'none'}): {self.one_step}")
+        if not set(self.inversion) <= set(self.tuned):
+            raise InputError(f"inversion must name rows of tuned ({', '.join(self.tuned) or 'none'}): {self.inversion}")
         for name, low in (("steps", 1), ("batch", 1), ("limit", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, found {getattr(self, name)}")
@@ -101,14 +103,9 @@ class GroundingConfig(StageConfig):
                 raise InputError(f"tuned needs names of {NAME_PATTERN.pattern} with a folder each, found {name!r}")
         return self
 
-    def reading(self, method: str) -> Reading:
+    def reading(self, method: Method) -> Reading:
         """How a method of METHODS reads attention here."""
-        return Reading(
-            "inversion" if method == "inversion" else "one_step",
-            self.steps,
-            seeds=self.one_step_seeds,
-            each_level=self.each_level,
-        )
+        return Reading(method, self.steps, seeds=self.one_step_seeds, each_level=self.each_level)
 
 
 Draw = Callable[[PhraseSet], list[Sequence[HeatMap | None]]]
@@ -143,17 +140,18 @@ def run(config: GroundingConfig, command: str = "") -> dict[str, Any]:
     }
     write_json(Path(config.out) / "metrics.json", report)
     if config.reports:
-        write_json(Path(config.reports) / f"grounding-{config.domain}.json", report)
+        name = "" if config.split == "test" else f"-{config.split}"
+        write_json(Path(config.reports) / f"grounding-{config.domain}{name}.json", report)
     return report
 
 
 def _attention_rows(config: GroundingConfig, loaded: LoadedDomain) -> dict[Arm, Draw]:
-    """The frozen baseline by each method, then the tuned adapters, whose weights are loaded here."""
+    """The frozen baseline by each method, that of the app first, then the tuned adapters, whose weights are loaded."""
     base = weights_digest(
         {**({} if loaded.manifest.hub is None else loaded.manifest.hub.files), **loaded.manifest.files}, None
     )
 
-    def reader(label: str, method: str, adapters: dict[str | None, str | None]) -> Draw:
+    def reader(label: str, method: Method, adapters: dict[str | None, str | None]) -> Draw:
         def draw(phrases: PhraseSet) -> list[Sequence[HeatMap | None]]:
             return [
                 list(
@@ -178,7 +176,7 @@ def _attention_rows(config: GroundingConfig, loaded: LoadedDomain) -> dict[Arm, 
             adapters[f"{name}-run{seed}"] = folder_digest(folder)
         title = read_json(Path(folders[0]) / ADAPTER_CONFIG_NAME).get("title") or name
         for method, wording in METHODS.items():
-            if method == "one_step" and name not in config.one_step:
+            if method == "inversion" and name not in config.inversion:
                 continue
             label = f"{title} (`{name}`, {wording}, {len(folders)} training seed{'s' * (len(folders) > 1)})"
             rows[Arm(f"{name}_{method}", label)] = reader(label, method, adapters)
@@ -254,6 +252,7 @@ def _about(
         "default_adapter": None,
         "arms": [{"name": arm.name, "label": arm.label} for arm in arms],
         "rows": "arms",
+        "tables": config.split == "test",
         "intervals": INTERVALS,
         "settings": {
             "split": config.split,
