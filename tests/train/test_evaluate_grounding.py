@@ -139,7 +139,9 @@ def test_maps_belong_to_their_phrase_and_are_made_once(tmp_path: Path, monkeypat
     assert first.shape == (3, SIDE, SIDE)
     assert first.min() >= 0
     assert first.max() <= 1
-    maps = real(pipeline, readings.to_pixels(worded.images[:1]), "left lung", steps=10, time_bins=10)
+    maps = real(
+        pipeline, readings.to_pixels(worded.images[:1]), "left lung", method="inversion", steps=10, time_bins=10
+    )
     tokens = token_indices(pipeline.tokenizer, "left lung", "left lung")
     np.testing.assert_allclose(first[0], readings.grounding_heat_map(maps, tokens, (SIDE, SIDE)), atol=1e-3)
     sorted(tmp_path.rglob("*.npz"))[1].unlink()  # a stop between the two batches
