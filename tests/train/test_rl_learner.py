@@ -301,7 +301,7 @@ def test_run_through_the_loop_writes_an_adapter_that_loads_and_counts_its_cost(b
     for pipeline in (made.pipeline, other):
         with using_adapter(pipeline.unet, "bright"):
             images.append(sample(pipeline, [made.table.prompts[0]], [3], steps=2, guidance_scale=2.0))
-    assert torch.equal(*images)
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)  # training multiplies W + sBA, the other W, A and B
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"reward", "reward_std", "zero_variance_groups", "grad_norm", "look_judge"} <= lines[-1].keys()
 
