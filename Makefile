@@ -139,7 +139,8 @@ experiments: $(VENV)/.bench anatomy
 	$(BIN)/python -m train report
 
 anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json)
-	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test
+	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml
+	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test --inversion paper
 	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-cpu.yaml
 	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml
 	$(BIN)/python -m train report

@@ -133,7 +133,7 @@ def noise_pred(
     """
     dtype = unet.dtype
     scale = guidance_scale.at(t) if isinstance(guidance_scale, Guidance) else guidance_scale
-    if scale == 1.0 if isinstance(scale, float | int) else bool((scale == 1.0).all()):
+    if bool(torch.as_tensor(scale == 1.0).all()):
         prediction = unet(latents.to(dtype), t, encoder_hidden_states=prompt_embeds.cond.to(dtype), return_dict=False)[
             0
         ]

@@ -1,10 +1,14 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import tiny
+from train.rl import learner
+from train.rl.objectives import get_objective
 from train.rl.policy import LoraPolicy
+from train.rl.recipe import RlConfig
 
 
 def trained(unet, folded, averaged=True):
@@ -40,6 +44,17 @@ def test_folded_layers_compute_what_the_adapters_own_do(both, which):
     torch.testing.assert_close(folded, apart, rtol=1e-9, atol=1e-12)
     others = {"policy", "policy-average", None} - {which}
     assert all((predicted(both[1], other) - folded).abs().max() > 1e-3 for other in others)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_policy_is_folded_where_its_passes_are_in_fp32(bf16, monkeypatch):
+    """Rounded to bf16 together with W, a small change would be lost."""
+    asked = []
+    monkeypatch.setattr(learner, "LoraPolicy", lambda *_, folded, **__: asked.append(folded))
+    made = SimpleNamespace(config=RlConfig(out="", bf16=bf16), pipeline=SimpleNamespace(unet=None))
+    made.objective = get_objective("ddpo")
+    learner.RlLearner._policy(made)
+    assert asked == [not bf16]
 
 
 def test_folded_layers_have_the_same_gradients(both):

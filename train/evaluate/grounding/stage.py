@@ -79,7 +79,7 @@ class GroundingConfig(StageConfig):
     one_step_seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Noises that the one-step variant averages."""
     each_level: bool = True
-    """Stretch every noise level's maps before averaging, as the paper and app do; --no-each-level averages first."""
+    """Stretch the maps of every level of an inversion before averaging, as the paper does; --no-each-level: after."""
     limit: int = 0
     """Phrases of a class, evenly spaced (0: all)."""
     batch: int = 16
