@@ -41,7 +41,8 @@ def work(base, method, **options):
     return replace(next(w for w in benchmark.works(config, str(base), 3) if w.method == method), **options)
 
 
-def in_this_program(asked, folder, python):
+def in_this_program(asked, folder, python, program="side"):
+    assert program == "side"
     request, answer = folder / "request.json", folder / "answer.json"
     request.write_text(json.dumps(asdict(asked)))
     side.main([str(request), str(answer)])
@@ -105,6 +106,21 @@ def test_trl_does_the_same_work_from_the_same_start(base, tmp_path):
             assert theirs["epochs"][epoch][count] == mine["epochs"][epoch][count]
     assert theirs["looks"][2]["reward"] != theirs["looks"][0]["reward"]
     assert theirs["versions"]["trl"] == "0.23.1"
+
+
+def test_trl_and_ours_make_the_same_of_the_same_images(base, tmp_path):
+    pytest.importorskip("trl")
+    found = benchmark.run_side(work(base, "ddpo", steps=4), tmp_path, sys.executable, "parity")
+    assert found["log_probs"] < 1e-5
+    assert found["advantages"] < 1e-5
+    assert len(found["gradients"]) == 2
+    assert max(found["gradients"]) < 1e-3
+    assert found["clipped"][0] == 0 < found["clipped"][1]
+
+
+def test_without_a_peer_beside_us_there_is_no_parity(base, tmp_path):
+    assert benchmark.run_parity(CONFIG, [], tmp_path) is None
+    assert benchmark.run_parity(replace(CONFIG, peer=True, peer_python="python"), [], tmp_path) is None
 
 
 def test_a_side_that_fails_says_why(base, tmp_path):

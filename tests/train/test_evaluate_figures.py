@@ -8,7 +8,14 @@ from torchmetrics.image.kid import poly_mmd
 from train.evaluate.alignment import agreement, balanced, target_matrix
 from train.evaluate.diversity import paired_distances, per_prompt_distance
 from train.evaluate.fidelity import frechet_distance, kernel_distance, kernel_distance_change
-from train.evaluate.statistics import half_sample_interval, mean_interval, paired_difference, paired_ratio
+from train.evaluate.statistics import (
+    half_sample_interval,
+    mean_interval,
+    paired_difference,
+    paired_ratio,
+    student_interval,
+    student_ratio,
+)
 
 
 def normal(n: int, width: int, shift: float, seed: int) -> np.ndarray:
@@ -66,6 +73,33 @@ def test_frechet_distance_of_shifted_equal_covariances_is_the_squared_shift() ->
     reference = normal(400, 3, 0.0, 9)
     assert frechet_distance(reference + 2.0, reference) == pytest.approx(3 * 4.0, rel=1e-3)
     assert frechet_distance(reference, reference) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_students_interval_of_five_covers_the_truth_where_a_bootstrap_does_not() -> None:
+    samples = np.random.default_rng(0).normal(2.0, 1.0, (400, 5))
+
+    def covered(interval) -> float:
+        estimates = [interval(values) for values in samples]
+        return float(np.mean([e.low <= 2.0 <= e.high for e in estimates]))
+
+    assert 0.93 < covered(student_interval) < 0.97
+    assert covered(lambda values: mean_interval(values, resamples=300)) < 0.88
+
+
+def test_a_students_interval_by_hand_and_without_enough_units() -> None:
+    found = student_interval(np.array([1.0, 2.0, np.nan, 3.0]))
+    half = 4.302653 / np.sqrt(3)  # t of 2 degrees of freedom at 97.5 %, spread 1
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((2.0, 2.0 - half, 2.0 + half, 3))
+    assert student_interval(np.array([4.0])).low is None
+    assert np.isnan(student_interval(np.array([])).value)
+
+
+def test_a_ratio_of_pairs_is_their_geometric_mean() -> None:
+    found = student_ratio(np.array([2.0, 8.0, 1.0, np.nan]), np.array([1.0, 4.0, 0.0, 1.0]))
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((2.0, 2.0, 2.0, 2))
+    wide = student_ratio(np.array([1.0, 4.0]), np.array([1.0, 1.0]))
+    assert wide.value == pytest.approx(2.0)
+    assert wide.low * wide.high == pytest.approx(4.0)
 
 
 def test_mean_interval_leaves_nan_out_and_brackets_the_mean() -> None:

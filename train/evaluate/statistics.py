@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_1samp
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -73,6 +73,29 @@ def paired_ratio(aligned: np.ndarray, baseline: np.ndarray, *, seed: int = 0, re
     if below.size == 0 or below.mean() == 0.0:
         return Estimate(float("nan"), None, None, int(below.size))
     return _bootstrapped((above, below), _ratio_of_means, seed=seed, resamples=resamples)
+
+
+def student_interval(values: np.ndarray) -> Estimate:
+    """Mean of `values` (N,), units left out where NaN, with Student's t interval over the units.
+
+    For a handful of units, such as training seeds: of five, a percentile bootstrap's interval is a third too narrow.
+    """
+    kept = _kept(values)
+    if kept.size < 2 or np.ptp(kept) == 0.0:
+        return mean_interval(kept)
+    interval = ttest_1samp(kept, 0.0).confidence_interval(CONFIDENCE)
+    return Estimate(float(kept.mean()), float(interval.low), float(interval.high), int(kept.size))
+
+
+def student_ratio(above: np.ndarray, below: np.ndarray) -> Estimate:
+    """Geometric mean of above / below over the pairs (N,) in which both are positive and finite, with Student's t
+    interval of its logarithm."""
+    ratios = np.full(np.shape(above), np.nan)
+    both = np.isfinite(above) & np.isfinite(below) & (above > 0) & (below > 0)
+    ratios[both] = np.log(above[both] / below[both])
+    found = student_interval(ratios)
+    ends = [None if end is None else float(np.exp(end)) for end in (found.low, found.high)]
+    return Estimate(float(np.exp(found.value)), ends[0], ends[1], found.n)
 
 
 def half_sample_interval(value: float, half_values: np.ndarray, n: int, *, confidence: float = CONFIDENCE) -> Estimate:

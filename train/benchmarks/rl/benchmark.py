@@ -4,6 +4,7 @@ Every method starts from one small pipeline folder, sees the same prompts in the
 often, and works in equal batches, with equal threads, in fp32; both ddpo methods take as many optimiser steps. Methods
 alternate seed by seed, each in a program of its own: its peak memory is its own, and what disturbs the clock disturbs
 all. Looks at fixed prompts and noises, between the epochs and outside the clock, give the reward that is reported.
+What both ddpo methods make of the same images is compared value by value (`parity`).
 
 The peer's last release with DDPO (trl 0.23.1) asks for transformers 4.56 or newer and runs unpatched with the newest;
 where an environment has a release that it does not import with, `--peer-python` names the interpreter of another one
@@ -16,8 +17,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from platform import machine, python_version
 from typing import Any
@@ -55,7 +56,7 @@ class RlBenchmark:
     """Run the peer, too. Needs trl 0.23.1 (the extra `bench`)."""
     peer_python: str = ""
     """Interpreter in which the peer runs; empty: this one."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = tuple(range(10))
     epochs: int = 15
     warmup: int = 2
     """First epochs of each run whose seconds are not counted."""
@@ -165,12 +166,12 @@ def _has_peer(python: str) -> bool:
         raise InputError(f"cannot run the interpreter {python!r}: {error}") from error
 
 
-def run_side(work: Work, folder: Path, python: str) -> dict[str, Any]:
-    """Do `work` in a program of its own; `folder` holds its request and answer.
+def run_side(work: Work, folder: Path, python: str, program: str = "side") -> dict[str, Any]:
+    """Do `work` in a program of its own, of this package; `folder` holds its request and answer.
 
     Raises ModelError with the end of what it wrote when it fails.
     """
-    name = f"{work.method}-{work.seed}"
+    name = f"{program}-{work.method}-{work.seed}"
     asked, answer = folder / f"{name}-request.json", folder / f"{name}-answer.json"
     asked.write_text(json.dumps(asdict(work)))
     known = {
@@ -180,7 +181,7 @@ def run_side(work: Work, folder: Path, python: str) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(work.threads),
     }
     ended = subprocess.run(
-        [python, "-m", "train.benchmarks.rl.side", str(asked), str(answer)],
+        [python, "-m", f"train.benchmarks.rl.{program}", str(asked), str(answer)],
         env={**os.environ, **known},
         capture_output=True,
         text=True,
@@ -202,6 +203,7 @@ def measure(config: RlBenchmark) -> dict[str, Any]:
         base, domain = Path(place) / "base", get_domain(DOMAIN)
         parameters = write_base(base, domain, domain.sheet_prompts(), steps=config.base_steps, seed=0)
         requests = [work for seed in config.seeds for work in works(config, str(base), seed)]
+        parity = run_parity(config, requests, Path(place))
         for work in tqdm(requests, unit="run", dynamic_ncols=True):
             python = config.peer_python if work.method == PEER and config.peer_python else sys.executable
             answers.setdefault(work.method, []).append(run_side(work, Path(place), python))
@@ -218,8 +220,18 @@ def measure(config: RlBenchmark) -> dict[str, Any]:
         "versions": {name: found[0]["versions"] for name, found in order.items()},
         "machine": {"architecture": machine(), "cpus": os.cpu_count(), "python": python_version()},
         "differences": list(DIFFERENCES),
+        "parity": parity,
         **summary(order, images, config.warmup),
     }
+
+
+def run_parity(config: RlBenchmark, requests: Sequence[Work], folder: Path) -> dict[str, Any] | None:
+    """What `train.benchmarks.rl.parity` finds on the first seed; None without a peer beside us. Not compiled: that
+    changes rounding and takes minutes."""
+    if not config.peer or config.peer_python:
+        return None
+    work = next(work for work in requests if work.method == "ddpo")
+    return run_side(replace(work, learning={**work.learning, "compile": False}), folder, sys.executable, "parity")
 
 
 def main(arguments: list[str]) -> None:

@@ -56,23 +56,29 @@ def options(work: Work) -> dict[str, Any]:
     }
 
 
-def opened(work: Work) -> Side:
-    """The peer's trainer on the pipeline of `work`, ready to run epochs."""
+def open_trainer(work: Work, asked: list[str], seen: list[float]) -> Any:
+    """The peer's trainer on the pipeline of `work`: it takes its prompts from the front of `asked` and appends its
+    images' rewards to `seen`."""
     PartialState(cpu=True)  # before the peer is imported: its loggers and its accelerator take the state there is
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
-    queue: list[str] = []
-    found: list[float] = []
-
     def reward(images: torch.Tensor, _: tuple[str, ...], __: tuple[Any, ...]) -> tuple[torch.Tensor, dict[str, Any]]:
         values = redness(images)
-        found.extend(values.tolist())
+        seen.extend(values.tolist())
         return values, {}
 
     pipeline = DefaultDDPOStableDiffusionPipeline(work.base, use_lora=True)
-    trainer = DDPOTrainer(DDPOConfig(**options(work)), reward, lambda: (queue.pop(0), {}), pipeline)
+    trainer = DDPOTrainer(DDPOConfig(**options(work)), reward, lambda: (asked.pop(0), {}), pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    meter = Meter(pipeline.unet)
+    return trainer
+
+
+def opened(work: Work) -> Side:
+    """The peer's trainer on the pipeline of `work`, ready to run epochs."""
+    queue: list[str] = []
+    found: list[float] = []
+    trainer = open_trainer(work, queue, found)
+    meter = Meter(trainer.sd_pipeline.unet)
     generate, compute = trainer._generate_samples, trainer.compute_rewards
 
     def generate_timed(*arguments: Any, **named: Any) -> Any:
@@ -94,4 +100,4 @@ def opened(work: Work) -> Side:
             state["global_step"] = trainer.step(number, state["global_step"])
         return sum(found) / len(found)
 
-    return Side(pipeline.sd_pipeline, meter, epoch, nullcontext)
+    return Side(trainer.sd_pipeline.sd_pipeline, meter, epoch, nullcontext)

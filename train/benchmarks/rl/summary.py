@@ -1,11 +1,11 @@
-"""From what the sides measured to figures with 95 % intervals over seeds."""
+"""From what the sides measured to figures with 95 % intervals over seeds: Student's, for the seeds are few."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from train.evaluate.statistics import mean_interval, paired_difference, paired_ratio
+from train.evaluate.statistics import student_interval, student_ratio
 
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]
 """Method -> what `train.benchmarks.rl.task.measured` returned for each seed, in one order of seeds for all methods."""
@@ -82,15 +82,15 @@ def efficiency(answers: Answers, method: str, reference: str, images: int, warmu
     found: dict[str, Any] = {
         "method": method,
         "reference": reference,
-        "target_reward": mean_interval(np.array(targets)).as_json(),
+        "target_reward": student_interval(np.array(targets)).as_json(),
         "reached": sum(bool(np.isfinite(cost["queries"])) for cost in mine),
         "n": len(pairs),
     }
     for name in COSTS:
         one, other = (np.array([cost[name] for cost in costs]) for costs in (mine, theirs))
-        found[name] = mean_interval(one).as_json()
-        found[f"reference_{name}"] = mean_interval(other).as_json()
-        found[f"{name}_ratio"] = paired_ratio(one, other).as_json()
+        found[name] = student_interval(one).as_json()
+        found[f"reference_{name}"] = student_interval(other).as_json()
+        found[f"{name}_ratio"] = student_ratio(one, other).as_json()
     return found
 
 
@@ -104,7 +104,7 @@ def curve(answers: Sequence[Mapping[str, Any]], images: int, warmup: int) -> lis
             {
                 **{name: float(np.mean([cost[name][index] for cost in costs])) for name in COSTS},
                 **{
-                    name: mean_interval(np.array([one[name] for one in seen])).as_json()
+                    name: student_interval(np.array([one[name] for one in seen])).as_json()
                     for name in ("reward", "diversity")
                 },
             }
@@ -117,7 +117,9 @@ def summary(answers: Answers, images: int, warmup: int) -> dict[str, Any]:
     speeds = {name: [speed(one, images, warmup) for one in found] for name, found in answers.items()}
     methods = {
         name: {
-            **{key: mean_interval(np.array([one[key] for one in speeds[name]])).as_json() for key in speeds[name][0]},
+            **{
+                key: student_interval(np.array([one[key] for one in speeds[name]])).as_json() for key in speeds[name][0]
+            },
             "curve": curve(found, images, warmup),
         }
         for name, found in answers.items()
@@ -146,9 +148,9 @@ def _against(
     whole = [np.array([rewards(one).mean() for one in answers[name]]) for name in (ours, peer)]
     return {
         **{
-            f"{key}_ratio": paired_ratio(*both(key)).as_json()
+            f"{key}_ratio": student_ratio(*both(key)).as_json()
             for key in ("images_per_s", "images_per_cpu_s", "sample_s_per_image", "train_s_per_image", "peak_mib")
         },
-        "final_reward_difference": paired_difference(*end).as_json(),
-        "mean_reward_difference": paired_difference(*whole).as_json(),
+        "final_reward_difference": student_interval(np.subtract(*end)).as_json(),
+        "mean_reward_difference": student_interval(np.subtract(*whole)).as_json(),
     }
