@@ -232,6 +232,8 @@ def test_a_run_of_the_real_trainer_keeps_the_newest_adapter_and_logs_its_cost(tm
     assert [look["queries"] for look in one.looks] == [0, 2, 4]
     # An epoch: 2 images x 2 steps with guidance, then 2 images x 1 timestep by the policy and by the one that drew.
     assert [look["forwards"] for look in one.looks] == [0, 12, 24]
+    # Two of the 12 have a gradient, whose backward passes count as four more.
+    assert [look["compute"] for look in one.looks] == [0, 16, 32]
     before = (Path(wanted.out) / "metrics.json").stat().st_mtime_ns
     train(wanted)
     assert (Path(wanted.out) / "metrics.json").stat().st_mtime_ns == before
@@ -271,8 +273,8 @@ def hand_made(values: list[float | None], excess: float = 0.0) -> dict[str, Any]
 def test_the_aggregate_of_hand_made_runs_is_as_computed_by_hand() -> None:
     baseline = hand_made([0.2, 0.4, None], excess=1.0)
     mine = [hand_made([0.4, 0.6, None], 2.0), hand_made([0.6, 0.8, None], 0.0), hand_made([0.8, 1.0, None], -2.0)]
-    looks = ({"epoch": 0, "queries": 0, "forwards": 0, "judge": 0.1, "reward": 0.0},
-             {"epoch": 2, "queries": 4, "forwards": 10, "judge": 0.4, "reward": 0.0})  # fmt: skip
+    looks = ({"epoch": 0, "queries": 0, "forwards": 0, "compute": 0, "judge": 0.1, "reward": 0.0},
+             {"epoch": 2, "queries": 4, "forwards": 10, "compute": 20, "judge": 0.4, "reward": 0.0})  # fmt: skip
     runs = {"a": [Run("A", seed, 4, 10 + seed, 6, 1.0, looks, one) for seed, one in enumerate(mine)]}
     real = {"units": {}, "calibration": {}, "kernel": baseline["kernel"], "frechet": baseline["frechet"]}
     found = {f.name: f for f in figures(get_domain("dermatology"), ("hair",), runs, baseline, real)}
@@ -295,6 +297,25 @@ def test_the_aggregate_of_hand_made_runs_is_as_computed_by_hand() -> None:
     points = curve(runs["a"])
     assert [point["queries"] for point in points] == [0, 4]
     assert points[1]["judge_gain"]["value"] == pytest.approx(0.3)
+
+
+def test_gains_are_compared_at_what_the_thriftiest_method_spent() -> None:
+    def run(seed: int, compute: int, judge: float) -> Run:
+        looks = tuple(
+            {"epoch": e, "queries": 4 * e, "forwards": 1, "compute": compute * e, "judge": judge * e} for e in range(3)
+        )
+        return Run("A", seed, 8, 1, 1, 1.0, looks, hand_made([0.2]))
+
+    runs = {"slow": [run(s, 40, 0.4) for s in range(3)], "thrifty": [run(s, 10, 0.1) for s in range(3)]}
+    nothing = {"units": {}, "calibration": {}, "kernel": hand_made([0.2])["kernel"], "frechet": {"judge": 0.0}}
+    found = {f.name: f for f in figures(get_domain("dermatology"), (), runs, hand_made([0.2]), nothing)}
+    queries, compute = found["judge_gain_at_equal_queries"], found["judge_gain_at_equal_compute"]
+    assert queries.aligned["slow"].value == pytest.approx(0.8)
+    assert queries.aligned["thrifty"].value == pytest.approx(0.2)
+    # By 20 forwards the slow method is halfway to its first look, at 40.
+    assert compute.label.startswith("Judge's margin gained by 20 ")
+    assert compute.aligned["slow"].value == pytest.approx(0.2)
+    assert compute.aligned["thrifty"].value == pytest.approx(0.2)
 
 
 def test_intervals_hold_both_the_runs_and_the_prompts() -> None:
@@ -394,7 +415,7 @@ def test_the_picture_shows_every_method(tmp_path: Path) -> None:
     from train.experiments.picture import draw
 
     gain = {"value": 0.1, "low": 0.0, "high": 0.2, "n": 3}
-    points = [{"queries": q, "forwards": 10 * q, "judge_gain": gain} for q in (0, 4)]
+    points = [{"queries": q, "compute": 10 * q, "judge_gain": gain} for q in (0, 4)]
     draw({"a": points, "b": points}, [{"name": "a", "label": "A"}, {"name": "b", "label": "B"}], tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.width > 1000

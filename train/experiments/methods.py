@@ -50,6 +50,9 @@ ALIKE = (
 )  # fmt: skip
 """Options in which methods may not differ: what they start from, and what looks at them."""
 
+BACKWARD = 2
+"""UNet forwards that a backward pass costs, about."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -205,13 +208,16 @@ def read_run(wanted: RlConfig, measured: Mapping[str, Any]) -> Run:
     """What one run cost and what its looks saw, from its metrics.json and metrics.jsonl."""
     out, images = Path(wanted.out), wanted.prompts_per_epoch * wanted.images_per_prompt
     metrics = json.loads((out / "metrics.json").read_text())
-    spent = {0: 0}
+    spent, compute = {0: 0}, {0: 0}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         logged = json.loads(line)
         # Work that trains; looks and safeguards are the same for all methods.
         spent[logged["step"]] = int(sum(logged.get(f"forwards_{part}", 0) for part in ("rollout", "replay", "anchor")))
+        compute[logged["step"]] = spent[logged["step"]] + BACKWARD * int(logged.get("forwards_with_gradient", 0))
     looks = [
-        {**look, "queries": look["epoch"] * images, "forwards": spent[look["epoch"]]} for look in metrics["history"]
+        {**look, "queries": e * images, "forwards": spent[e], "compute": compute[e]}
+        for look in metrics["history"]
+        for e in [look["epoch"]]
     ]
     forwards = metrics["unet_forwards"]
     return Run(

@@ -2,7 +2,8 @@
 
 A value is the mean over seeds and prompts. Its interval draws seeds and prompts (captions) with replacement, crossed; a
 change is run less baseline, prompt by prompt. Kernel distances take half-samples of captions in place of the bootstrap;
-Frechet distances and costs have no units and draw seeds alone. See `train.experiments.crossed`.
+Frechet distances, gains at the looks and costs have no units: Student's interval over seeds alone. See
+`train.experiments.crossed`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from train.evaluate.figures import Figure
 from train.evaluate.measure import BASELINE, PromptSet, Role
 from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
-from train.evaluate.statistics import Estimate
+from train.evaluate.statistics import Estimate, student_interval
 from train.experiments import crossed
 from train.experiments.pieces import array
 
@@ -40,7 +41,8 @@ class Run:
 
     queries: images drawn and rewarded. forwards: latents that went through the UNet to train it (rollout, replay,
     anchor; guidance counts twice); with_gradient: those of them with a gradient, which cost about three times as much.
-    looks: its history, each with the queries and forwards spent by then. measured: of `measured.measure`.
+    looks: its history, each with the queries, forwards and compute (in forwards, backward passes counted as two more)
+    spent by then. measured: of `measured.measure`.
     """
 
     title: str
@@ -111,7 +113,7 @@ def curve(runs: Sequence[Run]) -> list[dict[str, Any]]:
         points.append(
             {
                 "queries": first["queries"],
-                "forwards": float(np.mean([look["forwards"] for look in seen])),
+                **{name: float(np.mean([look[name] for look in seen])) for name in ("forwards", "compute")},
                 **{name: over_seeds([look[name] for look in seen]).as_json() for name in names},
                 "judge_gain": over_seeds(gains).as_json(),
             }
@@ -120,8 +122,15 @@ def curve(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean of one number a run, seeds drawn with replacement."""
-    return replace(crossed.crossed_mean(np.array(values, np.float64)[:, None]), n=len(values))
+    """Mean of one number a run, with Student's interval over the seeds."""
+    return student_interval(np.array(values, np.float64))
+
+
+def gained(run: Run, cost: str, budget: float) -> float:
+    """The judge's score of the run's looks at a `budget` of "queries" or "compute", less that before training; between
+    two looks on the line from one to the other."""
+    spent, judge = ([float(look[name]) for look in run.looks] for name in (cost, "judge"))
+    return float(np.interp(budget, spent, judge)) - judge[0]
 
 
 def figures(
@@ -132,7 +141,31 @@ def figures(
     found += [_calibration(kind, runs, baseline, real) for kind in baseline["calibration"]]
     for space, label in baseline["spaces"].items():
         found += [_kernel(space, label, runs, baseline, real), _frechet(space, label, runs, baseline, real)]
-    return [*found, *_costs(runs)]
+    return [*found, *_gains(runs), *_costs(runs)]
+
+
+def _gains(runs: Runs) -> list[Figure]:
+    """What the judge's score gained by one budget of queries, and of compute: what the thriftiest method spent."""
+    kinds = {"queries": "reward queries", "compute": "UNet forwards, a backward pass counted as two"}
+    found = []
+    for cost, unit in kinds.items():
+        budget = min(float(one.looks[-1][cost]) for each in runs.values() for one in each)
+        found.append(
+            Figure(
+                name=f"judge_gain_at_equal_{cost}",
+                label=f"Judge's margin gained by {budget:,.0f} {unit}",
+                group="alignment",
+                role="judge",
+                baseline=NO_TRAINING,
+                aligned={name: over_seeds([gained(one, cost, budget) for one in each]) for name, each in runs.items()},
+                change={},
+                higher_is_better=True,
+                headline=True,
+                note="at the looks between epochs, their few prompts and noises; over seeds alone",
+                counts={"seeds": len(next(iter(runs.values())))},
+            )
+        )
+    return found
 
 
 def _rows(domain: Domain, subset: Sequence[str], baseline: Mapping[str, Any]) -> list[Figure]:

@@ -1,4 +1,4 @@
-"""The methods in two panels: the judge's score against reward queries, and against UNet forwards."""
+"""The methods in two panels: the judge's score against reward queries, and against compute."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from medviz.errors import InputError
 
-AXES = {"queries": "reward queries (images)", "forwards": "UNet forwards (latents, guidance counts twice)"}
+AXES = {"queries": "reward queries (images)", "compute": "UNet forwards (latents), a backward pass counted as two"}
 COLOURS = ("#3b6fb6", "#b6433b", "#3f8f5f", "#8c6d46", "#7a4fa3", "#4a4a4a", "#c98a1b", "#2b8c9e")
 """Of the methods in their order, begun again where they run out."""
 
@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], arms: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Write the picture of `curves` (method -> its looks, with queries, forwards and judge_gain).
+    """Write the picture of `curves` (method -> its looks, with queries, compute and judge_gain).
 
     Bands are 95 % intervals over training seeds. Raises InputError where matplotlib is missing.
     """
