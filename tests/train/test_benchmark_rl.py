@@ -110,7 +110,8 @@ def test_trl_does_the_same_work_from_the_same_start(base, tmp_path):
 
 def test_trl_and_ours_make_the_same_of_the_same_images(base, tmp_path):
     pytest.importorskip("trl")
-    found = benchmark.run_side(work(base, "ddpo", steps=4), tmp_path, sys.executable, "parity")
+    config = replace(CONFIG, peer=True, steps=4)
+    found = benchmark.run_parity(config, benchmark.works(config, str(base), 3), tmp_path)
     assert found["log_probs"] < 1e-5
     assert found["advantages"] < 1e-5
     assert len(found["gradients"]) == 2

@@ -51,6 +51,16 @@ def test_the_four_quadrants_of_the_clip(log_ratio, advantage, learns):
     assert losses.figures["approx_kl"].item() == pytest.approx(0.5 * log_ratio**2)
 
 
+def test_a_weight_scales_gradient_and_clip_alike():
+    advantages, old, weight = torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([0.1, 2.0])
+    log_prob = torch.tensor([0.5, 0.06], requires_grad=True)
+    losses = clipped_policy_loss(log_prob, old, advantages, 0.1, weight)
+    losses.loss.sum().backward()
+    # exp(0.05) lies within the clip, at a tenth of the gradient; exp(0.12) lies outside, where exp(0.06) would not.
+    assert log_prob.grad.tolist() == pytest.approx([-0.1 * 2.718281828**0.05, 0.0], rel=1e-5)
+    assert losses.figures["clip_fraction"].tolist() == [0.0, 1.0]
+
+
 def test_zero_advantage_has_zero_gradient():
     assert clip_case(0.02, 0.0)[1] == 0.0
 

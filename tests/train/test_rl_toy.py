@@ -63,6 +63,7 @@ METHODS = {
 }
 VARIANTS = {
     **{name: (name, options) for name, options in METHODS.items()},
+    "ddpo, noise-weighted": ("ddpo", {"updates": 2, "noise_weighted": True}),
     "grpo, leave one out": ("grpo", {"updates": 2, "advantages": "leave_one_out"}),
     "grpo, window": ("grpo", {"updates": 2, "window": 2}),
     "awm, velocity": ("awm", {**METHODS["awm"], "prediction_type": "v_prediction"}),
@@ -218,6 +219,22 @@ def test_outside_the_window_a_step_is_certain_and_inside_the_ratio_is_one(base):
     names = {f"t{made.schedule.timesteps[i]:04d}" for i in rollout.weighed}
     assert {name.partition("/")[2] for name in figures if name.startswith("ratio/")} == names
     assert figures["ratio_deviation"] < 1e-5
+
+
+def test_a_step_s_gradient_is_weighed_by_its_noise(base):
+    plain, weighed = (learner(base, "ddpo", updates=2, noise_weighted=on) for on in (False, True))
+    rollout = plain.draw(0)
+    rows, advantages = np.arange(len(rollout.prompt_ids)), torch.ones(len(rollout.prompt_ids))
+    stds = torch.tensor(plain.schedule.stds)
+    for number, weight in enumerate((stds / stds.mean()).tolist()):
+        gradients = []
+        for made in (plain, weighed):
+            made.optimizer.zero_grad()
+            passes = made.replayer.passes(0, rollout)
+            passes.replay(rows, np.full(len(rows), number), rollout, advantages).loss.mean().backward()
+            gradients.append(torch.cat([w.grad.flatten() for w in made.policy.parameters()]))
+        assert gradients[0].norm() > 0
+        torch.testing.assert_close(gradients[1], weight * gradients[0], rtol=1e-4, atol=1e-7)
 
 
 def test_a_step_outside_the_window_can_be_neither_weighed_nor_replayed(base):
@@ -397,6 +414,8 @@ def _real_images(count):
         ("awm", {"timesteps_per_image": 1}, "kl_weight is 0.0"),
         ("awm", {"timesteps_per_image": 0, "kl_weight": 1.0}, "at least 1"),
         ("ddpo", {"window": 7}, "0 to rollout_steps"),
+        ("ddpo_sf", {"updates": 1, "noise_weighted": True}, "no ratio to weigh"),
+        ("forward", {"timesteps_per_image": 1, "noise_weighted": True}, "no ratio to weigh"),
         ("ddpo", {"window": -1}, "0 to rollout_steps"),
         ("draft", {"window": 2}, "no random steps"),
         ("draft", {"draft_steps": 7}, "1 to rollout_steps"),

@@ -58,6 +58,17 @@ class DdimSchedule:
         """The steps that draw noise, ascending: those that have a log-probability."""
         return tuple(index for index, std in enumerate(self.stds) if std > 0)
 
+    @property
+    def noise_weights(self) -> torch.Tensor:
+        """Weight (T,) fp32 of each step by the noise it draws, 1 on average over those that draw any.
+
+        The gradient of a log-probability is that of its mean over the noise, so the steps that draw next to none have
+        nearly all of a chain's: with trailing spacing the last has some hundred times the first's. Times its noise, a
+        step weighs by how far it moves the latents.
+        """
+        stds = torch.tensor(self.stds)
+        return stds / stds[list(self.stochastic)].mean()
+
     def windowed(self, start: int, length: int) -> "DdimSchedule":
         """The same chain with noise in the steps start .. start + length - 1 alone.
 

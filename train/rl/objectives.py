@@ -2,7 +2,8 @@
 
 ``ddpo``: importance sampling with PPO's clip, Black et al. (arXiv 2305.13301) after Schulman et al. (arXiv 1707.06347).
 ``ddpo_sf``: the score-function estimate of the same paper, one update an epoch. ``grpo``: ddpo with advantages inside
-the group, and a KL term to the adapter-free model (Flow-GRPO, arXiv 2505.05470).
+the group, and a KL term to the adapter-free model (Flow-GRPO, arXiv 2505.05470). Either may weigh a step by its noise
+(TempFlow-GRPO, arXiv 2508.04324).
 ``forward``: matching on the forward process with implicit positive and negative policies (DiffusionNFT,
 arXiv 2509.16117), here on the unet's own target, the noise or the velocity: it needs clean latents only, so any solver
 may draw them. ``awm``: the denoising loss of the first stage weighted by the advantage (Advantage Weighted Matching,
@@ -26,16 +27,18 @@ class Replay:
 
     advantages (B,) in [-advantage_clip, advantage_clip]. Gradients flow from `step` and `prediction`, the policy's.
     Reverse process: step, the DDIM step at the stored outcome; old_log_prob (B,) of the rollout; reference_mean
-    (B, C, h, w) of the adapter-free step, or None. Forward process: prediction (B, C, h, w); target (B, C, h, w), the
-    noise or velocity that was mixed in; old_prediction and reference_prediction (B, C, h, w), of the policy that drew
-    the images and of the adapter-free model, None where they are not wanted. Direct: rewards (B,), differentiable in
-    the trained weights; prediction and reference_prediction (B, K, C, h, w) of the K steps that gradients go through.
+    (B, C, h, w) of the adapter-free step, or None; weight (B,) of the steps, about 1, or None. Forward process:
+    prediction (B, C, h, w); target (B, C, h, w), the noise or velocity that was mixed in; old_prediction and
+    reference_prediction (B, C, h, w), of the policy that drew the images and of the adapter-free model, None where they
+    are not wanted. Direct: rewards (B,), differentiable in the trained weights; prediction and reference_prediction
+    (B, K, C, h, w) of the K steps that gradients go through.
     """
 
     advantages: torch.Tensor
     step: DdimStep | None = None
     old_log_prob: torch.Tensor | None = None
     reference_mean: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     target: torch.Tensor | None = None
     old_prediction: torch.Tensor | None = None
@@ -63,10 +66,19 @@ class Losses:
 
 
 def clipped_policy_loss(
-    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_range: float,
+    weight: torch.Tensor | None = None,
 ) -> Losses:
-    """PPO's clipped surrogate, max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), each image for itself; arguments (B,)."""
+    """PPO's clipped surrogate, max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), each image for itself; arguments (B,).
+
+    With a `weight` the ratio is that to its power, so that gradient and clip weigh the step alike.
+    """
     difference = log_prob - old_log_prob
+    if weight is not None:
+        difference = difference * weight
     ratio = difference.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     with torch.no_grad():
@@ -82,7 +94,9 @@ def ddpo(replay: Replay, options: ObjectiveOptions) -> Losses:
     """Clipped importance sampling; with a kl_weight also the divergence of the step from the adapter-free model's."""
     if replay.step is None or replay.old_log_prob is None:
         raise InputError("ddpo and grpo replay DDIM steps with stored log-probabilities; this replay has none")
-    losses = clipped_policy_loss(replay.step.log_prob, replay.old_log_prob, replay.advantages, options.clip_range)
+    losses = clipped_policy_loss(
+        replay.step.log_prob, replay.old_log_prob, replay.advantages, options.clip_range, replay.weight
+    )
     return _held_step(losses, replay.step, replay.reference_mean, options.kl_weight)
 
 

@@ -124,6 +124,9 @@ class RlConfig(GuidedConfig):
 
     clip_range: float = 2e-4
     """Of the ratio in ddpo and grpo. A log-prob is a mean over elements, so smaller latents want a wider range."""
+    noise_weighted: bool = False
+    """Weigh each step of a random chain by the noise it draws, in gradient and clip (ddpo, grpo). Left out, the steps
+    that draw next to none, of which the image depends least, have nearly all of the gradient."""
     advantage_clip: float = 5.0
     statistics_size: int = 32
     """Rewards remembered a prompt (ddpo)."""
@@ -262,6 +265,10 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
     yield (
         config.window != 0 and replays != "reverse",
         f"window is {config.window}; {name} has no random steps to choose from",
+    )
+    yield (
+        config.noise_weighted and not objective.minimum_updates > 1,
+        f"noise_weighted goes with ddpo and grpo; {name} has no ratio to weigh",
     )
     yield not 0 <= config.window <= steps, f"window is {config.window}; allowed are 0 to rollout_steps, {steps}"
     yield (

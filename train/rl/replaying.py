@@ -118,8 +118,10 @@ class Replayer:
         if self.config.kl_weight > 0:
             with self.policy.using(None), torch.no_grad():
                 reference_mean = again().mean
-        old = rollout.old_log_prob(rows, index).to(advantages.device)
-        return self.objective.loss(Replay(advantages, again(), old, reference_mean), self.options)
+        old, weight = rollout.old_log_prob(rows, index).to(advantages.device), None
+        if self.config.noise_weighted:
+            weight = self._ddim.noise_weights[steps[which]].to(advantages.device)
+        return self.objective.loss(Replay(advantages, again(), old, reference_mean, weight), self.options)
 
     def _noised(
         self, epoch: int, rows: np.ndarray, which: np.ndarray, rollout: Rollout, advantages: torch.Tensor

@@ -35,11 +35,14 @@ DOMAIN = "dermatology"
 PEER = "trl"
 METHODS = ("ddpo", "forward", "draft")
 FORMAT_VERSION = 1
+PLAIN = {"compile": False, "noise_weighted": False}
 DIFFERENCES = (
     "the peer shuffles timesteps within each image and trains timestep by timestep; here all images of an update share "
     "the order of timesteps, a pass holds several of them, and the gradient is the same sum",
     "the UNet's memory format is the default there, channels last here; LoRA's layers multiply once here; our ddpo's "
     "UNet is compiled where `compile` says so",
+    "our ddpo weighs a step by the noise it draws where `noise_weighted` says so (TempFlow-GRPO, arXiv 2508.04324); "
+    "`parity` is measured without",
     "the learner's looks and safeguards are off: the peer has none",
 )
 
@@ -80,6 +83,8 @@ class RlBenchmark:
     """Of both ddpo methods."""
     clip_range: float = 1e-3
     """Of both ddpo methods."""
+    noise_weighted: bool = True
+    """Our ddpo weighs each step of the chain by the noise it draws; the peer has no such option."""
     forward_learning_rate: float = 3e-3
     forward_updates: int = 4
     draft_learning_rate: float = 3e-3
@@ -102,9 +107,10 @@ def works(config: RlBenchmark, base: str, seed: int) -> list[Work]:
     ours: dict[str, float | str] = {"lora_start": "gaussian", "micro_batch": config.pairs}
     ddpo: dict[str, float | str] = {"advantage_clip": 5.0, "clip_range": config.clip_range, **statistics}
     forward = {"advantage_clip": 3.0, "timesteps_per_image": config.timesteps_per_image}
+    options: dict[str, float | str] = {"compile": config.compile, "noise_weighted": config.noise_weighted}
     methods = {
         **({PEER: (config.learning_rate, config.updates, ddpo)} if config.peer else {}),
-        "ddpo": (config.learning_rate, config.updates, ours | ddpo | {"compile": config.compile}),
+        "ddpo": (config.learning_rate, config.updates, ours | ddpo | options),
         "forward": (config.forward_learning_rate, config.forward_updates, ours | forward),
         "draft": (config.draft_learning_rate, config.draft_updates, ours),
     }
@@ -226,12 +232,12 @@ def measure(config: RlBenchmark) -> dict[str, Any]:
 
 
 def run_parity(config: RlBenchmark, requests: Sequence[Work], folder: Path) -> dict[str, Any] | None:
-    """What `train.benchmarks.rl.parity` finds on the first seed; None without a peer beside us. Not compiled: that
-    changes rounding and takes minutes."""
+    """What `train.benchmarks.rl.parity` finds on the first seed; None without a peer beside us. With nothing that the
+    peer has not, and not compiled: that changes rounding and takes minutes."""
     if not config.peer or config.peer_python:
         return None
     work = next(work for work in requests if work.method == "ddpo")
-    return run_side(replace(work, learning={**work.learning, "compile": False}), folder, sys.executable, "parity")
+    return run_side(replace(work, learning={**work.learning, **PLAIN}), folder, sys.executable, "parity")
 
 
 def main(arguments: list[str]) -> None:
