@@ -145,14 +145,15 @@ def test_arms_share_labels_prompts_and_noise_and_differ_in_the_extra_pixels_alon
     again = gather(config, train, test)
     assert material.request == again.request
     assert np.array_equal(material.extra, again.extra)
-    pictures = augmentation.synthetic(config, material)
+    pictures = augmentation.Synthetic(config, material.request)
+    arms = augmentation.Arms(config, material, train, test, pictures)
+    assert not (tmp_path / "run" / "pictures").exists()  # nothing is drawn before it is asked for
+    pixels = {arm: arms.pixels(arm) for arm in ARMS}
     asked = [json.loads(path.read_text()) for path in (tmp_path / "run" / "pictures").glob("*/request.json")]
     assert [sorted(one["adapter"] or "" for one in asked)] == [["", augmentation.ADAPTER]]
     for key in ("prompts", "seeds", "steps", "guidance_scale"):
         assert asked[0][key] == asked[1][key]
     assert len(set(asked[0]["seeds"])) == config.synthetic
-    arms = augmentation.Arms(config, material, train, test, pictures)
-    pixels = {arm: arms.pixels(arm) for arm in ARMS}
     count = len(material.training)
     for arm in ("oversampled", "baseline", "aligned"):
         assert np.array_equal(pixels[arm].images[:count], pixels["real"].images)
@@ -174,7 +175,7 @@ def test_no_training_image_comes_from_test(
 ) -> None:
     train, test = open_split("dermatology", "train"), open_split("dermatology", "test")
     material = gather(config, train, test)
-    nothing = {arm: ("0" * 64, np.zeros((6, 16, 16, 3), np.uint8)) for arm in ("baseline", "aligned")}
+    nothing = augmentation.Synthetic(config, material.request)
     read: dict[str, list[int]] = {}
     real_images = Split.images
 

@@ -15,11 +15,13 @@ import shlex
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from diffusers import StableDiffusionPipeline
 
 from medviz import __version__
 from medviz.domains import get_domain
@@ -125,11 +127,10 @@ def run(config: AugmentationConfig, command: str = "") -> dict[str, Any] | None:
     check(config)
     train, test = open_split(config.domain, "train"), open_split(config.domain, "test")
     material = gather(config, train, test)
-    pictures = synthetic(config, material)
-    arms = Arms(config, material, train, test, pictures)
+    arms = Arms(config, material, train, test, Synthetic(config, material.request))
     answers: dict[str, list[Any]] = {arm: [] for arm in ARMS}
-    for seed in config.seeds:
-        for arm in ARMS:
+    for arm in ARMS:
+        for seed in config.seeds:
             if 0 < config.max_minutes < (time.monotonic() - began) / 60:
                 logger.warning("stopped before %s, seed %d; the same command goes on", arm, seed)
                 return None
@@ -189,19 +190,39 @@ def _whole_lesions(images: Described, count: int, seed: int) -> np.ndarray:
     return np.flatnonzero(np.isin(of_image, order[:needed]))
 
 
-def synthetic(config: AugmentationConfig, material: Material) -> dict[str, tuple[str, np.ndarray]]:
-    """Arm -> sha256 of the weights that drew its pictures, and these at the classifier's size, uint8 (E, S, S, 3)."""
-    pipeline = open_pipeline(config.base, config.device)
-    load_lora(pipeline.unet, Path(config.adapter), ADAPTER)
-    files = {**file_records(Path(config.base), ""), **file_records(Path(config.adapter), f"adapters/{ADAPTER}/")}
-    found = {}
-    for arm, adapter in (("baseline", None), ("aligned", ADAPTER)):
-        place = Path(config.out) / "pictures"
-        drawn = generate(
-            pipeline, files, adapter, material.request, place, batch=config.picture_batch, label=f"pictures, {arm}"
+class Synthetic:
+    """The extra pictures of the arms that draw them, drawn when they are first asked for.
+
+    models: arm -> sha256 of the weights that draw its pictures.
+    """
+
+    def __init__(self, config: AugmentationConfig, request: Request) -> None:
+        self.config, self.request = config, request
+        base, adapter = (
+            file_records(Path(config.base), ""),
+            file_records(Path(config.adapter), f"adapters/{ADAPTER}/"),
         )
-        found[arm] = weights_digest(files, adapter), np.stack([_resized(image, config.size_px) for image in drawn])
-    return found
+        self._files = {**base, **adapter}
+        self._adapters = {"baseline": None, "aligned": ADAPTER}
+        self.models = {arm: weights_digest(self._files, adapter) for arm, adapter in self._adapters.items()}
+        self._drawn: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def _pipeline(self) -> StableDiffusionPipeline:
+        pipeline = open_pipeline(self.config.base, self.config.device)
+        load_lora(pipeline.unet, Path(self.config.adapter), ADAPTER)
+        return pipeline
+
+    def pictures(self, arm: str) -> np.ndarray:
+        """Those of an arm, at the classifier's size, uint8 (E, S, S, 3)."""
+        if arm not in self._drawn:
+            config, place = self.config, Path(self.config.out) / "pictures"
+            drawn = generate(
+                self._pipeline, self._files, self._adapters[arm], self.request, place,
+                batch=config.picture_batch, label=f"pictures, {arm}",
+            )  # fmt: skip
+            self._drawn[arm] = np.stack([_resized(image, config.size_px) for image in drawn])
+        return self._drawn[arm]
 
 
 def _resized(image: np.ndarray, size_px: int) -> np.ndarray:
@@ -219,10 +240,10 @@ class Arms:
         material: Material,
         train: Split,
         test: Split,
-        pictures: dict[str, tuple[str, np.ndarray]],
+        synthetic: Synthetic,
     ) -> None:
-        self.config, self.material, self._pictures = config, material, pictures
-        self.models = {arm: weights for arm, (weights, _) in pictures.items()}
+        self.config, self.material, self._synthetic = config, material, synthetic
+        self.models = synthetic.models
         self._train, self._test = train, test
         self._read: tuple[np.ndarray, np.ndarray] | None = None
         # Everything that an answer depends on but the seed and the arm's pictures.
@@ -269,12 +290,23 @@ class Arms:
         mean, std = sample.mean(axis=0), sample.std(axis=0) + 1e-3
         if arm == "real":
             return Pixels(real, labels, test, mean, std)
-        added = real[extra] if arm == "oversampled" else self._pictures[arm][1]
+        added = real[extra] if arm == "oversampled" else self._synthetic.pictures(arm)
         return Pixels(np.concatenate([real, added]), np.concatenate([labels, labels[extra]]), test, mean, std)
 
 
-_FREE = ("out", "seeds", "resume", "reports", "max_minutes", "checkpoint_every_s", "log_every", "device")
-"""Options on which no answer depends."""
+_FREE = (
+    "out",
+    "seeds",
+    "resume",
+    "reports",
+    "max_minutes",
+    "checkpoint_every_s",
+    "log_every",
+    "device",
+    "base",
+    "adapter",
+)
+"""Options on which no answer depends, or only by an arm's pictures."""
 
 
 def report(
