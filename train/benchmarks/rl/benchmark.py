@@ -59,7 +59,7 @@ class RlBenchmark:
     """Run the peer, too. Needs trl 0.23.1 (the extra `bench`)."""
     peer_python: str = ""
     """Interpreter in which the peer runs; empty: this one."""
-    seeds: tuple[int, ...] = tuple(range(10))
+    seeds: tuple[int, ...] = tuple(range(6))
     epochs: int = 15
     warmup: int = 2
     """First epochs of each run whose seconds are not counted."""
