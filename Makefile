@@ -123,6 +123,12 @@ $(eval $(call stage,anatomy_prompts,anatomy-own-radiology-cpu,longer-radiology-c
 $(eval $(call stage,rl,rl-placement-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu reward-radiology-cpu judge-radiology-cpu))
 $(eval $(call stage,contrastive,alignment-radiology-cpu,))
 train-radiology: runs/anatomy-own-radiology-cpu/metrics.json
+
+# One adapter of each method set side by side ships, too; the last one that is made stands for all.
+METHODS := runs/methods-dermatology-cpu/draft-seed0/model
+$(METHODS): | $(VENV)/.bench $(foreach run,longer contrastive reward judge,runs/$(run)-dermatology-cpu/metrics.json)
+	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
+train-dermatology: $(METHODS)
 endif
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.dev

@@ -76,7 +76,7 @@ class RlLearner:
         self.advantages = ADVANTAGES[config.advantages or self.objective.advantages]
         self.policy = self._policy()
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), config.learning_rate, weight_decay=config.weight_decay
+            self.policy.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.schedule = open_schedule(config, pipeline)
         pipeline.vae.requires_grad_(False)
