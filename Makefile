@@ -135,7 +135,9 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 	$(BIN)/python -m pip install -qq --editable '.[train,bench]'
 	@touch $@
 
+# Tests of the benchmark that need the peer skip elsewhere and run here.
 bench: $(VENV)/.bench
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/train/test_benchmark_rl.py
 	$(BIN)/python -m train bench rl
 
 # All go on from what a stopped run finished. They need both domains' runs (make restore lays them out), and MEDVIZ_DATA.

@@ -131,7 +131,7 @@ def noise_pred(
     over 2B rows, [unconditional, conditional]; Guidance names its scale at `t`. What is predicted (noise, velocity) is
     the scheduler's business. Keeps the gradient if there is one.
     """
-    dtype = unet.dtype
+    dtype = next(unet.parameters()).dtype  # unet.dtype walks through all modules
     scale = guidance_scale.at(t) if isinstance(guidance_scale, Guidance) else guidance_scale
     if bool(torch.as_tensor(scale == 1.0).all()):
         prediction = unet(latents.to(dtype), t, encoder_hidden_states=prompt_embeds.cond.to(dtype), return_dict=False)[

@@ -53,7 +53,8 @@ def test_the_command_reports_both_methods_with_their_costs(tmp_path, monkeypatch
     monkeypatch.setattr(benchmark, "run_side", in_this_program)
     drawn = importlib.util.find_spec("matplotlib") is not None
     options = {**vars(CONFIG), "out": tmp_path / "bench.json", "picture": tmp_path / "bench.png" if drawn else ""}
-    options.pop("peer"), options.pop("seeds"), options.pop("compile")
+    for name in ("peer", "seeds", "compile", "noise_weighted"):
+        del options[name]
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     main(["rl", "--no-peer", "--no-compile", "--seeds", "3", "4", *flags])
     found = json.loads((tmp_path / "bench.json").read_text())
