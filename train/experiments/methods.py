@@ -214,11 +214,10 @@ def read_run(wanted: RlConfig, measured: Mapping[str, Any]) -> Run:
         # Work that trains; looks and safeguards are the same for all methods.
         spent[logged["step"]] = int(sum(logged.get(f"forwards_{part}", 0) for part in ("rollout", "replay", "anchor")))
         compute[logged["step"]] = spent[logged["step"]] + BACKWARD * int(logged.get("forwards_with_gradient", 0))
-    looks = [
-        {**look, "queries": e * images, "forwards": spent[e], "compute": compute[e]}
-        for look in metrics["history"]
-        for e in [look["epoch"]]
-    ]
+    looks = []
+    for look in metrics["history"]:
+        epoch = look["epoch"]
+        looks.append({**look, "queries": epoch * images, "forwards": spent[epoch], "compute": compute[epoch]})
     forwards = metrics["unet_forwards"]
     return Run(
         title=wanted.title,

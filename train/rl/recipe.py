@@ -267,7 +267,7 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
         f"window is {config.window}; {name} has no random steps to choose from",
     )
     yield (
-        config.noise_weighted and not objective.minimum_updates > 1,
+        config.noise_weighted and objective.minimum_updates < 2,
         f"noise_weighted goes with ddpo and grpo; {name} has no ratio to weigh",
     )
     yield not 0 <= config.window <= steps, f"window is {config.window}; allowed are 0 to rollout_steps, {steps}"
