@@ -31,7 +31,7 @@ STAGES = {
     "report": ("train.evaluate.report", "tables of README and About from assets/reports"),
 }
 
-SHARED = {"rl"}
+SHARED = {"diffusion", "rl"}
 """Stages that several processes may run as one, see `train.processes`."""
 
 

@@ -1,6 +1,7 @@
 """Contrastive, autoencoder and diffusion stages on invented pictures: each runs end to end and keeps its promises."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from medviz.errors import InputError, ModelError
 from medviz.rewards.alignment import AlignmentNetwork
-from train import seeding
+from tests.train.test_rl_processes import ended, started
+from train import checkpoint, seeding
 from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_components, write_encoder
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
 from train.datasets.latents import split_latents, to_pixels
@@ -123,6 +125,45 @@ def test_going_on_from_a_shipped_folder_leaves_its_text_encoder_alone(stages, tm
     fit(learner, config)
     assert all(torch.equal(weight, started[name]) for name, weight in learner.text_encoder.state_dict().items())
     assert not all(torch.equal(weight, unet[name]) for name, weight in learner.unet.state_dict().items())
+
+
+def train_generator(config: DiffusionConfig) -> None:
+    """What each of several processes does; it makes its pictures itself, always the same."""
+    fit(DiffusionLearner(config, invented_split("train", 12), invented_split("validation", 8)), config)
+
+
+def test_several_processes_train_what_one_trains(stages, tmp_path) -> None:
+    """Among three, a batch of four does not divide evenly.
+
+    Adam makes much of gradients that are next to nothing, whose rounding differs; so the runs are compared as a whole.
+    """
+    diffusion = replace(stages[3], steps=3, learning_rate=1e-3, warmup=1)
+    for name, count in (("one", 1), ("three", 3)):
+        config = replace(diffusion, out=str(tmp_path / name))
+        assert ended(started(count, train_generator, config), 120) == [0] * count
+    weights = DiffusionLearner(diffusion, *stages[1:3]).modules.state_dict()
+    one, three = (checkpoint.load(tmp_path / name)[1]["modules"] for name in ("one", "three"))
+    moved = sum((one[name] - weights[name]).square().sum() for name in weights)
+    apart = sum((one[name] - three[name]).square().sum() for name in weights)
+    assert moved > 0
+    assert apart < (0.02**2) * moved
+    lines = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "three")]
+    assert lines[1] == pytest.approx(lines[0] | {"trained_s": lines[1]["trained_s"]}, rel=1e-4)
+
+
+def test_a_generator_grown_from_a_shipped_folder_goes_on_where_that_was(stages, tmp_path) -> None:
+    root, train, validation, diffusion, metrics = stages
+    grows = {"init": str(root / "diffusion/model"), "grow": True, "channels": (32, 64)}
+    config = replace(diffusion, out=str(tmp_path / "wide"), learning_rate=0.0, steps=1, **grows)
+    learner = DiffusionLearner(config, train, validation)
+    assert tuple(learner.unet.config.block_out_channels) == (32, 64)
+    # the folder's weights are in bf16
+    assert learner.validation_loss()[0] == pytest.approx(metrics["validation_loss"], rel=0.02)
+    assert fit(learner, config)["unet_parameters"] > 3 * metrics["unet_parameters"]
+    written = UNet2DConditionModel.from_pretrained(tmp_path / "wide/model/unet")
+    assert tuple(written.config.block_out_channels) == (32, 64)
+    with pytest.raises(InputError, match="grow needs init"):
+        DiffusionLearner(replace(config, init=""), train, validation)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from medviz.rewards.composite import composite
 from medviz.rewards.likeness import Likeness
 from train import processes, seeding
 from train.classifier import HALVES
+from train.compiling import compiled_forward
 from train.config import parse
 from train.datasets.latents import split_latents
 from train.datasets.split import open_split
@@ -51,11 +52,6 @@ def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
     # Channels last: a sixth faster on a CPU.
     pipeline.unet.to(memory_format=torch.channels_last)
     return pipeline.to(device)
-
-
-def compile_unet(pipeline: StableDiffusionPipeline) -> None:
-    """Compile the unet's forward, and it alone: hooks, which count its passes, stay outside."""
-    pipeline.unet.forward = torch.compile(pipeline.unet.forward)
 
 
 def spare_memory(config: RlConfig, pipeline: StableDiffusionPipeline) -> None:
@@ -159,7 +155,7 @@ def main(arguments: list[str]) -> None:
     domain = get_domain(config.domain)
     pipeline = open_pipeline(config.base, config.device)
     if config.compile:
-        compile_unet(pipeline)
+        pipeline.unet.forward = compiled_forward(pipeline.unet)
     spare_memory(config, pipeline)
     anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
     real = open_real(config) if config.fidelity_images else None

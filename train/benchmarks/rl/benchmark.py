@@ -40,7 +40,7 @@ DIFFERENCES = (
     "the peer shuffles timesteps within each image and trains timestep by timestep; here all images of an update share "
     "the order of timesteps, a pass holds several of them, and the gradient is the same sum",
     "the UNet's memory format is the default there, channels last here; LoRA's layers multiply once here; our ddpo's "
-    "UNet is compiled where `compile` says so",
+    "UNet is compiled where `compile` says so, its attention written out for the compiler",
     "our ddpo weighs a step by the noise it draws where `noise_weighted` says so (TempFlow-GRPO, arXiv 2508.04324); "
     "`parity` is measured without",
     "the learner's looks and safeguards are off: the peer has none",

@@ -13,11 +13,12 @@ from medviz.errors import InputError
 from medviz.rewards.composite import Composite
 from medviz.rewards.registry import Drawn
 from train.benchmarks.rl.task import Meter, Side, Work, redness
+from train.compiling import compiled_forward
 from train.rl.learner import RlLearner
 from train.rl.recipe import RlConfig
 from train.rl.safeguards import Opinion
 from train.rl.scoring import Scorer
-from train.rl.trainer import compile_unet, open_pipeline
+from train.rl.trainer import open_pipeline
 
 DOMAIN = "dermatology"
 
@@ -71,7 +72,7 @@ def learner(work: Work) -> RlLearner:
     domain = narrowed(get_domain(DOMAIN), work.prompts)
     config, pipeline = recipe(work), open_pipeline(work.base, "cpu")
     if config.compile:
-        compile_unet(pipeline)
+        pipeline.unet.forward = compiled_forward(pipeline.unet)
     return RlLearner(config, pipeline, domain, scorer, _no_judge)
 
 
