@@ -20,6 +20,7 @@ from tests import tiny
 from train.datasets.split import open_split
 from train.evaluate.features import image_encoder_space, independent_space, segmenter_space
 from train.evaluate.generated import caption_request, generate, grid_request, weights_digest
+from train.evaluate.history import read as read_history
 from train.evaluate.report import ReportConfig, read_reports
 from train.evaluate.report import run as write_tables
 from train.evaluate.stage import EvaluateConfig, real_images, run
@@ -67,7 +68,7 @@ def loaded(model_root: Path) -> LoadedDomain:
 
 
 def config_for(model_root: Path, out: Path, **options: Any) -> EvaluateConfig:
-    small = {"steps": 2, "grid_prompts": 3, "seeds_per_prompt": 2, "captions": 6, "batch": 4}
+    small = {"steps": 2, "grid_prompts": 3, "seeds_per_prompt": 2, "captions": 6, "batch": 4, "per_class": 2}
     return EvaluateConfig(
         out=str(out / "run"),
         domain="dermatology",
@@ -99,6 +100,9 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
         "frechet_distance_judge",
         "diversity_segmenter",
         "memorisation_share_segmenter",
+        "coverage_judge",
+        "density_segmenter",
+        "judge_head_hair_classes",
     ):
         assert figures[name]["baseline"]["n"] > 0, name
         assert figures[name]["baseline"]["value"] is not None, name
@@ -118,10 +122,18 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     with Image.open(tmp_path / "reports" / stored["contact_sheet"]) as sheet:
         assert sheet.width > 4 * tiny.IMAGE_SIZE_PX
         assert sheet.text["Synthetic"] == "yes"
+    with Image.open(tmp_path / "reports" / "contact-sheet-dermatology-classes.png") as sheet:
+        assert sheet.text["Synthetic"] == "yes"
+    (confused,) = stored["confusions"]
+    assert confused["group"] == "diagnosis"
+    assert set(confused["counts"]) == {"baseline", tiny.ADAPTER, "real"}
+    assert np.sum(confused["counts"]["real"]) == np.sum(confused["counts"]["baseline"]) > 0
+    assert len(read_history(tmp_path / "reports" / "history-dermatology.json")) == 1
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme)))
-    assert "Prompt accuracy by the judge" in readme.read_text()
+    for shown in ("Prompt accuracy by the judge", "every class as often", "Diagnosis asked for, taken for"):
+        assert shown in readme.read_text()
     assert len(read_reports(tmp_path / "reports")) == 1
 
 

@@ -30,11 +30,12 @@ class Figure:
     """One figure of an evaluation.
 
     name: a key that is unique in its report. label: how a reader sees it. role: "judge" (held out), "reward" (trained
-    on) or None. prompts: "grid" (the fixed prompts, several seeds each) or "captions" (one image a real caption).
+    on) or None. prompts: "grid" (the fixed prompts, several seeds each), "captions" (one image a real caption) or
+    "classes" (the same, of records that show every class as often).
     space: name of the feature space, None where there is none. real: the figure of real images, the floor or ceiling.
     aligned, change: adapter -> figure; a change is aligned minus baseline, or aligned over baseline for a ratio.
-    headline: stands in the README's table. counts: how many images a figure's parts rest on. table: heading of the
-    table that a report with several arms shows it in, empty where its group has one table.
+    headline: stands in the README's first table. counts: how many images a figure's parts rest on. table: heading of a
+    table of its own kind that it stands in; empty where a report with several arms has one table a group.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Figure:
     change: Mapping[str, Estimate | None]
     higher_is_better: bool | None
     role: Literal["judge", "reward"] | None = None
-    prompts: Literal["grid", "captions"] | None = None
+    prompts: Literal["grid", "captions", "classes"] | None = None
     space: str | None = None
     real: Estimate | None = None
     change_kind: Change = "difference"

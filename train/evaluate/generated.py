@@ -63,7 +63,15 @@ def weights_digest(files: Mapping[str, FileRecord], adapter: str | None) -> str:
 
     The judge, the reward and other adapters leave it unchanged.
     """
-    parts = (*GENERATOR_PARTS, *(() if adapter is None else (f"adapters/{adapter}/",)))
+    return _digest(files, (*GENERATOR_PARTS, *(() if adapter is None else (f"adapters/{adapter}/",))))
+
+
+def eyes_digest(files: Mapping[str, FileRecord]) -> str:
+    """sha256 over names and hashes of the networks that look at pictures: the judge and the second feature space."""
+    return _digest(files, ("judge/", "features/"))
+
+
+def _digest(files: Mapping[str, FileRecord], parts: tuple[str, ...]) -> str:
     lines = [f"{name} {record.sha256}" for name, record in sorted(files.items()) if name.startswith(parts)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

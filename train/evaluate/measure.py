@@ -16,10 +16,13 @@ from train.evaluate.alignment import Agreement, agreement, balanced, target_matr
 from train.evaluate.diversity import paired_distances, per_prompt_distance
 from train.evaluate.fidelity import frechet_distance, kernel_distance, kernel_distance_change
 from train.evaluate.figures import Figure
+from train.evaluate.manifold import NEIGHBOURS, Manifold, manifold
 from train.evaluate.statistics import Estimate, mean_interval, paired_difference, paired_ratio
 
 BASELINE = "baseline"
-PromptSet = Literal["grid", "captions"]
+CLASSES = "What the judge recognises, every class as often"
+"""Heading of the table of heads."""
+PromptSet = Literal["grid", "captions", "classes"]
 Role = Literal["judge", "reward"]
 
 
@@ -52,10 +55,15 @@ def alignment_figures(
     found_real = None if real is None else agreement(real.probabilities, targets, heads, thresholds)
     wanted = target_matrix(targets, heads)
     who = "judge" if role == "judge" else "reward network"
-    where = "" if prompts == "grid" else ", captions of real images"
+    where = {"grid": "", "captions": ", captions of real images", "classes": ", every class as often"}[prompts]
 
     def figure(
-        key: str, label: str, pick: Callable[[Agreement], np.ndarray], headline: bool, counts: Mapping[str, int]
+        key: str,
+        label: str,
+        pick: Callable[[Agreement], np.ndarray],
+        headline: bool,
+        counts: Mapping[str, int],
+        table: str = "",
     ) -> Figure:
         return _paired(
             name=f"{role}_{key}_{prompts}",
@@ -64,8 +72,9 @@ def alignment_figures(
             role=role,
             values={name: pick(a) for name, a in found.items()},
             real=None if found_real is None else pick(found_real),
-            headline=headline,
+            headline=headline and prompts != "classes",
             counts=counts,
+            table=table,
         )
 
     figures = [
@@ -100,6 +109,7 @@ def alignment_figures(
                 _one_head(index, wanted[:, index]),
                 False,
                 {"asked": asked, "refused": refused},
+                CLASSES if prompts == "classes" and role == "judge" else "",
             )
         )
     return figures
@@ -143,7 +153,37 @@ def fidelity_figures(
         counts={"reference": len(reference)},
         note="biased at this n, and without an interval: read it beside the real images' value only",
     )
-    return [kernel, frechet]
+    return [kernel, frechet, *_manifold_figures(space, label, reference, real, per_variant)]
+
+
+def _manifold_figures(
+    space: str, label: str, reference: np.ndarray, real: np.ndarray, per_variant: Mapping[str, np.ndarray]
+) -> list[Figure]:
+    """Density and coverage, precision and recall; arguments as of :func:`fidelity_figures`."""
+    found = {name: manifold(features, reference) for name, features in per_variant.items()}
+    floor = manifold(real, reference)
+
+    def row(key: str, text: str, pick: Callable[[Manifold], np.ndarray], *, diverse: bool, headline: bool) -> Figure:
+        return _paired(
+            name=f"{key}_{space}",
+            label=f"{text}, {label}",
+            prompts="captions",
+            role=None,
+            values={name: pick(m) for name, m in found.items()},
+            real=pick(floor),
+            headline=headline,
+            counts={"reference": len(reference)},
+            group="diversity" if diverse else "fidelity",
+            space=space,
+            note=f"balls that reach to the {NEIGHBOURS}th neighbour; depends on both numbers of images",
+        )
+
+    return [
+        row("density", "Density around real images", lambda m: m.density, diverse=False, headline=True),
+        row("coverage", "Coverage of real images", lambda m: m.coverage, diverse=True, headline=True),
+        row("precision", "Precision", lambda m: m.precision, diverse=False, headline=False),
+        row("recall", "Recall", lambda m: m.recall, diverse=True, headline=False),
+    ]
 
 
 def diversity_figure(
@@ -208,10 +248,11 @@ def _paired(
     real: np.ndarray | None,
     headline: bool,
     counts: Mapping[str, int],
-    group: Literal["alignment", "memorisation"] = "alignment",
+    group: Literal["alignment", "memorisation", "fidelity", "diversity"] = "alignment",
     space: str | None = None,
     higher_is_better: bool = True,
     note: str = "",
+    table: str = "",
 ) -> Figure:
     baseline, adapters = values[BASELINE], _adapters(values)
     return Figure(
@@ -225,6 +266,7 @@ def _paired(
         headline=headline,
         note=note,
         counts=counts,
+        table=table,
         real=None if real is None else mean_interval(real),
         baseline=mean_interval(baseline),
         aligned={adapter: mean_interval(values[adapter]) for adapter in adapters},

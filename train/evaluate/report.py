@@ -17,6 +17,7 @@ import tyro
 
 from medviz.errors import InputError
 from medviz.results import TABLES_NAME
+from train.evaluate import history
 
 FORMAT_VERSION = 1
 NOT_COMPUTED = "not computed"
@@ -66,17 +67,72 @@ def tables(reports: Sequence[Mapping[str, Any]]) -> str:
 
 def section(report: Mapping[str, Any]) -> str:
     """One report as a heading, what it rests on, and its headline figures: for its default adapter, then for the others
-    that were measured, or, where it compares several arms, for all of them."""
+    that were measured, or, where it compares several arms, for all of them. Figures that name a table of their own
+    stand in it, and beneath are the tables of what was taken for what."""
     if report.get("arms"):
         return "\n".join([f"### {_heading(report)}", "", _basis(report), *_arm_tables(report)])
     adapters = _adapters(report)
     changed = [
         cell for name in adapters for cell in ("aligned" if name is None else f"aligned (`{_text(name)}`)", "change")
     ]
-    header = ("Figure", "real images", "baseline", *changed, "n")
-    rows = [_row(figure, adapters) for figure in report["figures"] if figure.get("headline")]
-    lines = [_line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
-    return "\n".join([f"### {_heading(report)}", "", _basis(report), "", *lines])
+    shown = [figure for figure in report["figures"] if figure.get("headline") or figure.get("table")]
+    lines: list[str] = []
+    for table in dict.fromkeys(figure.get("table") or "" for figure in shown):
+        header = (_text(table) or "Figure", "real images", "baseline", *changed, "n")
+        rows = [_row(figure, adapters) for figure in shown if (figure.get("table") or "") == table]
+        lines += ["", *_table_lines(header, rows)]
+    return "\n".join([f"### {_heading(report)}", "", _basis(report), *lines, *_confusion_lines(report)])
+
+
+def _confusion_lines(report: Mapping[str, Any]) -> list[str]:
+    """Lines of a table a group of heads that exclude each other: what was asked for by row, what the judge takes it for
+    by column, as percentages of the row for real images and for the default adapter's pictures."""
+    lines: list[str] = []
+    for found in report.get("confusions", ()):
+        names = ["real", report.get("default_adapter") or "baseline"]
+        counts = [found["counts"][name] for name in names if name in found["counts"]]
+        heads = [_text(head).replace("_", " ") for head in found["heads"]]
+        header = (f"{_text(found['group']).capitalize()} asked for, taken for (%: real images / pictures)", *heads, "n")
+        rows = []
+        for number, head in enumerate(heads):
+            shares = [[100 * c / max(sum(table[number]), 1) for c in table[number]] for table in counts]
+            cells = [" / ".join(f"{share:.0f}" for share in pair) for pair in zip(*shares, strict=True)]
+            rows.append((head, *cells, str(sum(counts[-1][number]))))
+        lines += ["", *_table_lines(header, rows)]
+    return lines
+
+
+def _table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
+
+
+def histories(folder: Path) -> list[str]:
+    """A table a domain of every model that was measured like its newest one, oldest first: `train.evaluate.history`."""
+    found = []
+    for path in sorted(folder.glob("history-*.json")):
+        entries = history.read(path)
+        shown = history.alike(entries, entries[-1])
+        if len(shown) < 2:
+            continue
+        figures = shown[-1]["figures"]
+        labels = [_text(figure["label"]) + _better(figure) for figure in figures.values()]
+        header = ("Models, baseline → aligned", *labels)
+        rows = []
+        for entry in shown:
+            cells = [_then_and_now(entry["figures"].get(name)) for name in figures]
+            rows.append((f"`{entry['models'][:12]}`, {entry['preset']}, guidance {_text(entry['guidance'])}", *cells))
+        domain = path.stem.removeprefix("history-").capitalize()
+        how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown[-1]["settings"].items())
+        lines = [f"### {domain}: every model that was measured like the newest", "", f"{how}.", ""]
+        found.append("\n".join([*lines, *_table_lines(header, rows)]))
+    return found
+
+
+def _then_and_now(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return NOT_COMPUTED
+    values = [figure["baseline"], *([figure["aligned"]] if figure["aligned"] else [])]
+    return " → ".join(NOT_COMPUTED if v is None else estimate_text({"value": v["value"]}) for v in values)
 
 
 def _adapters(report: Mapping[str, Any]) -> list[str | None]:
@@ -113,7 +169,7 @@ def _arm_tables(report: Mapping[str, Any]) -> list[str]:
         else:
             header = [group, *names, "n"]
             rows = [[label, *row, _n(f)] for label, row, f in zip(labels, cells, figures, strict=True)]
-        lines += ["", _line(header), "|" + " --- |" * len(header), *(_line(row) for row in rows)]
+        lines += ["", *_table_lines(header, rows)]
     return lines
 
 
@@ -201,7 +257,7 @@ def run(config: ReportConfig) -> bool:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    content = tables(read_reports(Path(config.reports)))
+    content = "\n\n".join([tables(read_reports(Path(config.reports))), *histories(Path(config.reports))])
     new, beside = replaced(text, content), Path(config.reports) / TABLES_NAME
     if new == text and beside.is_file() and beside.read_text(encoding="utf-8") == content + "\n":
         logger.info("%s and %s are up to date", path, beside)

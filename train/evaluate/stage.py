@@ -1,8 +1,9 @@
-"""`python -m train evaluate RECIPE`: draw the pictures of a model folder, measure them, write JSON and contact sheet.
+"""`python -m train evaluate RECIPE`: draw the pictures of a model folder, measure them, write JSON and contact sheets.
 
-Two sets of prompts: the domain's fixed grid, each prompt from the same few seeds (alignment, diversity), and captions
+Three sets of prompts: the domain's fixed grid, each prompt from the same few seeds (alignment, diversity), captions
 of real images that no generator was trained on, one picture each (fidelity, memorisation: there the mix of generated
-and real images is the same). Every picture is drawn once and read by every metric.
+and real images is the same), and captions of such images that show every class as often (what the judge recognises).
+Every picture is drawn once and read by every metric.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from train.datasets.split import Split, open_split
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
 from train.evaluate.features import FeatureSpace, independent_space, judge_space
 from train.evaluate.figures import Figure
-from train.evaluate.generated import Request, caption_request, generate, grid_request, weights_digest
+from train.evaluate.generated import Request, caption_request, eyes_digest, generate, grid_request, weights_digest
+from train.evaluate.history import record
 from train.evaluate.measure import (
     BASELINE,
     PromptSet,
@@ -50,8 +52,10 @@ from train.evaluate.measure import (
     fidelity_figures,
     memorisation_figures,
 )
+from train.evaluate.recognition import class_records, confusions
 from train.evaluate.report import FORMAT_VERSION
 
+REAL = "real"
 SHEET_SEEDS = 4
 SHEET_TEXT = {"Synthetic": "yes", "Description": "Synthetic images", "Software": f"medviz {__version__}"}
 VERSIONED = ("torch", "diffusers", "transformers", "peft", "numpy", "torchmetrics")
@@ -80,6 +84,9 @@ class EvaluateConfig(StageConfig):
     """Pictures of each validation prompt and model, at least 2."""
     captions: int = 256
     """Real images whose captions are drawn once each by every model (at most half of the split is used)."""
+    per_class: int = 16
+    """Real images of each of the judge's heads, as far as the split has them, and pictures of their captions (0: no
+    table of classes)."""
     training_images: int = 0
     """Training images that memorisation is checked against (0: all)."""
     apr_heads: tuple[str, ...] = ()
@@ -110,7 +117,10 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     loaded = ModelLibrary(Path(config.models), config.device).load(config.domain)
     adapters = _chosen_adapters(config, loaded)
     size_px = int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
-    real = real_images(open_split(config.domain, config.split), domain, config.captions, size_px, config.seed)
+    split = open_split(config.domain, config.split)
+    real = real_images(split, domain, config.captions, size_px, config.seed)
+    judge = AttributeClassifier.load(loaded.folder / "judge", config.device)
+    reward = AttributeClassifier.load(loaded.folder / "rewards" / "attribute", config.device)
     prompts = domain.validation_prompts()
     prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
     guidance = Guidance.of_recipe(loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE)
@@ -119,21 +129,42 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
         "grid": grid_request(prompts, config.seeds_per_prompt, config.steps, guidance),
         "captions": caption_request(real.captions, config.seed, config.steps, guidance),
     }
+    photographs: dict[PromptSet, dict[str, np.ndarray]] = {"grid": {}, "captions": {REAL: real.prompted}}
+    if config.per_class:
+        indices, captions = class_records(domain, split.records, judge.heads, config.per_class, config.seed)
+        requests["classes"] = caption_request(captions, config.seed, config.steps, guidance)
+        photographs["classes"] = {REAL: split.images(size_px, indices)}
     grid = requests["grid"]
     pictures = {kind: _draw(config, loaded, adapters, request, kind) for kind, request in requests.items()}
-    judge = AttributeClassifier.load(loaded.folder / "judge", config.device)
-    reward = AttributeClassifier.load(loaded.folder / "rewards" / "attribute", config.device)
     labels = {head.name: head.label for head in domain.heads}
     figures: list[Figure] = []
+    confused: list[dict[str, Any]] = []
     classifiers: dict[Role, AttributeClassifier] = {"judge": judge, "reward": reward}
     for role, classifier in classifiers.items():
         for kind, request in requests.items():
-            figures += _alignment(config, domain, role, classifier, kind, request, pictures[kind], real, labels)
+            once = {prompt: domain.parse(prompt) for prompt in dict.fromkeys(request.prompts)}
+            parsed = [once[prompt] for prompt in request.prompts]
+            shown = pictures[kind] | photographs[kind]
+            read = {name: readings(classifier, images, parsed, config.device) for name, images in shown.items()}
+            figures += alignment_figures(
+                role,
+                kind,
+                classifier.heads,
+                labels,
+                classifier.thresholds,
+                [prompt.targets for prompt in parsed],
+                {name: read[name] for name in pictures[kind]},
+                real=read.get(REAL),
+                subset=config.apr_heads,
+            )
+            if role == "judge" and kind == "classes":
+                probabilities = {name: r.probabilities for name, r in read.items()}
+                confused = confusions(domain, classifier.heads, classifier.thresholds, parsed, probabilities)
     for space in (independent_space(loaded.folder, config.device), judge_space(judge)):
         independent = space.name != "judge"
         figures += _in_space(config, space, grid, pictures, real, size_px, independent=independent)
-    sheet = _write_sheets(config, domain, loaded, adapters, guidance)
-    report = _report(config, command, loaded, adapters, real, grid, figures, sheet)
+    sheet = _write_sheets(config, domain, loaded, adapters, guidance, judge.heads)
+    report = _report(config, command, loaded, adapters, real, grid, figures, sheet) | {"confusions": confused}
     _write_report(config, report)
     return report
 
@@ -156,7 +187,14 @@ def real_images(split: Split, domain: Domain, captions: int, size_px: int, seed:
 
 
 def _check(config: EvaluateConfig) -> None:
-    for name, low in (("seeds_per_prompt", 2), ("captions", 4), ("batch", 1), ("steps", 1), ("grid_prompts", 0)):
+    for name, low in (
+        ("seeds_per_prompt", 2),
+        ("captions", 4),
+        ("batch", 1),
+        ("steps", 1),
+        ("grid_prompts", 0),
+        ("per_class", 0),
+    ):
         if getattr(config, name) < low:
             raise InputError(f"{name} must be at least {low}, found {getattr(config, name)}")
 
@@ -188,33 +226,6 @@ def _draw(
 def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
     hub = loaded.manifest.hub
     return {**({} if hub is None else hub.files), **loaded.manifest.files}
-
-
-def _alignment(
-    config: EvaluateConfig,
-    domain: Domain,
-    role: Role,
-    classifier: AttributeClassifier,
-    kind: PromptSet,
-    request: Request,
-    pictures: Mapping[str, np.ndarray],
-    real: RealImages,
-    labels: Mapping[str, str],
-) -> list[Figure]:
-    once = {prompt: domain.parse(prompt) for prompt in dict.fromkeys(request.prompts)}
-    parsed = [once[prompt] for prompt in request.prompts]
-    read = {name: readings(classifier, images, parsed, config.device) for name, images in pictures.items()}
-    return alignment_figures(
-        role,
-        kind,
-        classifier.heads,
-        labels,
-        classifier.thresholds,
-        [prompt.targets for prompt in parsed],
-        read,
-        real=readings(classifier, real.prompted, parsed, config.device) if kind == "captions" else None,
-        subset=config.apr_heads,
-    )
 
 
 def readings(
@@ -281,28 +292,36 @@ def _write_sheets(
     loaded: LoadedDomain,
     adapters: tuple[str, ...],
     guidance: Guidance,
+    heads: Sequence[str],
 ) -> str | None:
-    """Write a contact sheet an adapter to `out` and return the name of the first one; None without an adapter."""
-    prompts, seeds = domain.sheet_prompts(), min(SHEET_SEEDS, config.seeds_per_prompt)
-    request = grid_request(prompts, seeds, config.steps, guidance)
-    pictures = _draw(config, loaded, adapters, request, "sheet")
-    names = [f"contact-sheet-{domain.name}{'' if not number else f'-{a}'}.png" for number, a in enumerate(adapters)]
+    """Write a contact sheet an adapter, and one of the default adapter with a row for each of `heads`.
 
-    def chosen(images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(prompts), seeds, *images.shape[1:])
-
-    for adapter, name in zip(adapters, names, strict=True):
+    Returns the name of the first one; None without an adapter.
+    """
+    by_class = {domain.head_prompt(head): None for head in heads}
+    sheets = [
+        (adapter, "" if not number else f"-{adapter}", domain.sheet_prompts())
+        for number, adapter in enumerate(adapters)
+    ]
+    sheets += [(adapter, "-classes", tuple(by_class)) for adapter in adapters[:1] if config.per_class]
+    seeds = min(SHEET_SEEDS, config.seeds_per_prompt)
+    names = []
+    for adapter, suffix, prompts in sheets:
+        request = grid_request(prompts, seeds, config.steps, guidance)
+        pictures = _draw(config, loaded, (adapter,), request, f"sheet{suffix}")
+        rows = {name: images.reshape(len(prompts), seeds, *images.shape[1:]) for name, images in pictures.items()}
+        names.append(f"contact-sheet-{domain.name}{suffix}.png")
         sheet = contact_sheet(
             list(prompts),
-            chosen(pictures[BASELINE]),
-            chosen(pictures[adapter]),
+            rows[BASELINE],
+            rows[adapter],
             title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "
             f"{config.steps} steps, guidance {guidance}. Prompts and seeds are not selected.",
             columns=[f"seed {seed}" for seed in range(seeds)],
             names=("baseline", f"aligned: {adapter}"),
         )
         for folder in _folders(config):
-            write_sheet(folder / name, sheet, SHEET_TEXT)
+            write_sheet(folder / names[-1], sheet, SHEET_TEXT)
     return names[0] if names else None
 
 
@@ -338,6 +357,7 @@ def _report(
         "seeds": sorted(set(grid.seeds)),
         "models": {
             "sha256": manifest.sha256,
+            "eyes": eyes_digest(_files(loaded)),
             "weights": {a or BASELINE: weights_digest(_files(loaded), a) for a in (None, *adapters)},
         },
         "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
@@ -361,6 +381,9 @@ def _write_report(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
         writing.write_text(text, encoding="utf-8")
         os.replace(writing, path)
         logger.info("wrote %s", path)
+    if config.reports:
+        for sentence in record(Path(config.reports) / f"history-{config.domain}.json", report):
+            logger.warning("%s", sentence)
 
 
 def main(arguments: list[str]) -> None:
