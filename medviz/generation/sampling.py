@@ -190,6 +190,17 @@ def fresh_scheduler(pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
 
 
+def few_step_scheduler(pipeline: StableDiffusionPipeline, timesteps: Sequence[int]) -> SchedulerMixin:
+    """A scheduler at `timesteps`, falling, in deterministic first-order steps (DDIM): how a few-step adapter draws."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(timesteps=list(timesteps), device=pipeline.unet.device)
+    return scheduler
+
+
 def _check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float | Guidance) -> None:
     if isinstance(prompts, str) or len(prompts) == 0 or len(prompts) != len(seeds):
         count = "one text" if isinstance(prompts, str) else len(prompts)
@@ -211,6 +222,8 @@ def sample(
     maps: AttentionMaps | None = None,
     grid_hw: tuple[int, int] | None = None,
     prompt_embeds: PromptEmbeds | None = None,
+    timesteps: Sequence[int] | None = None,
+    trail: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draws latents (B, C, h, w), float32, one for each prompt and seed; `decode` makes images of them.
 
@@ -219,22 +232,28 @@ def sample(
 
     on_step(index, x0) is called after each step with its index, from 0, and the current estimate of the clean
     latents (B, C, h, w); what it raises (Cancelled) ends the sampling. `maps`, from an enclosing `capture`, is told
-    each step. `prompt_embeds`, where given, stands in for the encoded prompts. No gradient is kept.
+    each step. `prompt_embeds`, where given, stands in for the encoded prompts. `timesteps`, where given, stand in for
+    `steps`: see :func:`few_step_scheduler`. `trail` gets the latents (B, C, h, w) before each step. No gradient is
+    kept.
 
     Raises InputError when the lists differ in length or a number is out of range.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
     embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts)
-    unet, scheduler = pipeline.unet, fresh_scheduler(pipeline)
+    unet = pipeline.unet
+    scheduler = few_step_scheduler(pipeline, timesteps) if timesteps else fresh_scheduler(pipeline)
     generators = seeded_generators(seeds)
     shape = (int(unet.config.in_channels), *(grid_hw or latent_hw(unet.config)))
     with torch.inference_mode():
-        scheduler.set_timesteps(steps, device=unet.device)
+        if not timesteps:
+            scheduler.set_timesteps(steps, device=unet.device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         draw = {"generator": generators} if takes_generator else {}
         latents = _draw_noise(generators, shape).to(unet.device) * scheduler.init_noise_sigma
         for index, t in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, t)
+            if trail is not None:
+                trail.append(latents.cpu())
             if maps is not None:
                 maps.begin_step(index, len(scheduler.timesteps), len(prompts))
             prediction = noise_pred(unet, scaled, t, embeds, guidance_scale)

@@ -1,0 +1,143 @@
+"""Distillation: the student walks as it is trained, comes nearer to the teacher, and goes on where it stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from medviz.errors import InputError
+from medviz.generation.sampling import sample
+from medviz.models.adapters import load_lora, using_adapter
+from tests import tiny
+from train import checkpoint, distil
+from train.distil import DistilConfig, DistilLearner, draw_trajectories, student_timesteps
+from train.loop import fit
+
+SMALL = {
+    "domain": "dermatology",
+    "teacher_steps": 8,
+    "starts": (0, 3, 6),
+    "trajectories": 10,
+    "held_out": 4,
+    "draw_batch": 4,
+    "batch": 5,
+    "rank": 4,
+    "guidance_scale": 2.0,
+    "warmup": 1,
+    "log_every": 1,
+}
+
+
+def config_for(base: Path, out: Path, **options) -> DistilConfig:
+    return DistilConfig(out=str(out), base=str(base), **{**SMALL, "steps": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.make_pipeline("dermatology").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def learner(config: DistilConfig, cache: Path) -> DistilLearner:
+    return DistilLearner(config, distil.open_pipeline(config.base, "cpu"), cache)
+
+
+def test_trajectories_are_the_generators_own_and_drawn_once(base, cache, tmp_path, monkeypatch) -> None:
+    config = config_for(base, tmp_path)
+    pipeline = distil.open_pipeline(config.base, "cpu")
+    drawn = draw_trajectories(config, pipeline, cache)
+    assert drawn.states.shape[:2] == (14, 4)
+    assert len(drawn.captions) == 14
+    seeds = [distil.seeding.key(0, "distil", "noise", i) for i in (4, 5)]
+    trail: list[torch.Tensor] = []
+    finished = sample(pipeline, drawn.captions[4:6], seeds, steps=8, guidance_scale=config.guidance, trail=trail)
+    expected = torch.stack([trail[0], trail[3], trail[6], finished], dim=1)
+    torch.testing.assert_close(drawn.states[4:6].float(), expected, atol=2e-3, rtol=2e-3)
+
+    def refuse(*_, **__):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(distil, "sample", refuse)
+    again = draw_trajectories(config, pipeline, cache)
+    assert torch.equal(again.states, drawn.states)
+    with pytest.raises(AssertionError, match="drawn again"):
+        draw_trajectories(replace(config, guidance_scale=3.0), pipeline, cache)
+
+
+def test_the_student_is_trained_in_the_steps_that_it_draws_in(base, cache, tmp_path) -> None:
+    made = learner(config_for(base, tmp_path), cache)
+    with torch.no_grad():
+        for weight in made.policy.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        rows = torch.arange(4)
+        latents = made.states[rows, 0].float()
+        for number in range(len(made.timesteps)):
+            latents = made._step(number, latents, rows)
+    seeds = [distil.seeding.key(0, "distil", "noise", i) for i in range(4)]
+    drawn = sample(made.pipeline, made.captions[:4], seeds, guidance_scale=1.0, timesteps=made.timesteps)
+    torch.testing.assert_close(latents, drawn, atol=5e-3, rtol=5e-3)  # the first noise was kept in fp16
+
+
+@torch.no_grad()
+def missed(made: DistilLearner) -> float:
+    """How far the averaged student ends from the teacher, on what it learns from."""
+    rows = torch.arange(made.config.trajectories)
+    latents = made.states[rows, 0].float()
+    with made.policy.using(made.policy.behaviour):
+        for number in range(len(made.timesteps)):
+            latents = made._step(number, latents, rows)
+    return made._error(number, latents, rows).mean().item()
+
+
+def test_the_student_comes_nearer_and_the_generator_stays(base, cache, tmp_path) -> None:
+    config = config_for(base, tmp_path / "run", steps=60, learning_rate=1e-2, average_decay=0.9)
+    made = learner(config, cache)
+    before = missed(made)
+    plain = {name: weight.clone() for name, weight in made.pipeline.unet.state_dict().items() if "lora" not in name}
+    metrics = fit(made, config)
+    assert metrics is not None
+    assert missed(made) < 0.9 * before
+    assert {name: error["n"] for name, error in metrics["rmse_from_teacher"].items()} == {"student": 4, "solver": 4}
+    assert metrics["unet_passes"] == {"student": 3, "teacher": 16}
+    after = made.pipeline.unet.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in plain.items())
+    pipeline = distil.open_pipeline(config.base, "cpu")
+    load_lora(pipeline.unet, tmp_path / "run/model", "draft")
+    seeds = [distil.seeding.key(0, "distil", "noise", 11)]
+    with using_adapter(pipeline.unet, "draft"):
+        read = sample(pipeline, made.captions[11:12], seeds, guidance_scale=1.0, timesteps=made.timesteps)
+    with made.policy.using(made.policy.name):
+        kept = sample(made.pipeline, made.captions[11:12], seeds, guidance_scale=1.0, timesteps=made.timesteps)
+    torch.testing.assert_close(read, kept, atol=1e-4, rtol=1e-3)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(base, cache, tmp_path) -> None:
+    config = config_for(base, tmp_path / "whole")
+    fit(learner(config, cache), config)
+    stopped = config_for(base, tmp_path / "stopped", checkpoint_every_s=0.0)
+    half = learner(stopped, cache)
+    states = []
+    for step in range(2):
+        half.update(step)
+        states.append(half.state())
+    checkpoint.save(tmp_path / "stopped", 2, {**states[-1], "trained_s": 0.0})
+    resumed = replace(stopped, resume=True)
+    fit(learner(resumed, cache), resumed)
+    (_, one), (_, other) = (checkpoint.load(tmp_path / name) for name in ("whole", "stopped"))
+    for part in ("policy", "average"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(weight, other[part][name]) for name, weight in one[part].items())
+
+
+@pytest.mark.parametrize("starts", [(), (1, 3), (0, 3, 3), (0, 8)])
+def test_steps_that_the_teacher_does_not_have_are_refused(base, tmp_path, starts) -> None:
+    config = config_for(base, tmp_path, starts=starts)
+    with pytest.raises(InputError, match="starts must rise from 0 and stay below 8"):
+        student_timesteps(config, distil.open_pipeline(config.base, "cpu"))

@@ -1,0 +1,272 @@
+"""A generator that draws in a few steps what it draws in many: an adapter that learns its own trajectories.
+
+Progressive distillation (Salimans and Ho 2022, arXiv 2202.00512, section 3) in one stage and with guidance folded in
+(Meng et al. 2023, arXiv 2210.03142). The teacher is the generator itself at its own guidance and number of steps. The
+student is a LoRA adapter on it that takes one deterministic step, of one unguided pass, where the teacher takes several
+of two. It starts each step where its own last one ended, and learns to arrive where the teacher was: so a later step
+mends what an earlier one missed, and one noise gives nearly the teacher's picture.
+
+No real image is needed: captions of invented records and noise make the teacher's trajectories.
+"""
+
+import hashlib
+import json
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from medviz.domains import get_domain
+from medviz.errors import InputError
+from medviz.generation.sampling import (
+    decode,
+    encode_prompts,
+    fresh_scheduler,
+    sample,
+    signal_and_noise_level,
+    split_prediction,
+)
+from medviz.models.manifest import hash_file
+from train import seeding
+from train.compiling import compiled_forward
+from train.config import GuidedConfig, parse
+from train.evaluate.statistics import mean_interval
+from train.loop import fit
+from train.rl.policy import LoraPolicy
+from train.rl.trainer import open_pipeline
+
+STAGE = "distil"
+
+
+@dataclass
+class DistilConfig(GuidedConfig):
+    """Options of the distil stage. Guidance is the teacher's, and becomes the student's own."""
+
+    domain: str = "dermatology"
+    base: str = "runs/longer-dermatology-cpu/model"
+    """Pipeline folder: teacher and, with the adapter, student."""
+    adapter: str = "draft"
+    title: str = "Draft in a few steps"
+    teacher_steps: int = 20
+    starts: tuple[int, ...] = (0, 6, 11, 15)
+    """Steps of the teacher, from 0, at which the student's begin."""
+    trajectories: int = 4096
+    """The teacher's, drawn once and kept beside the run."""
+    held_out: int = 64
+    """Trajectories beyond those that only measure."""
+    draw_batch: int = 32
+    batch: int = 32
+    """Trajectories a step of the optimiser."""
+    rank: int = 32
+    lora_alpha: float = 32.0
+    lora_convolutions: bool = True
+    learning_rate: float = 5e-4
+    warmup: int = 100
+    average_decay: float = 0.995
+    """Of the running average of the adapter, which is exported."""
+    compile: bool = False
+    """Compile the UNet, for minutes at first: see `train.compiling`."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """states (N, S + 1, C, h, w) fp16: the teacher's latents where the student's S steps begin, and finished ones.
+    captions: of each."""
+
+    states: torch.Tensor
+    captions: tuple[str, ...]
+
+
+def student_timesteps(config: DistilConfig, pipeline: StableDiffusionPipeline) -> list[int]:
+    """Timesteps at which the student's steps begin. Raises InputError for steps that the teacher does not have."""
+    starts = list(config.starts)
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= config.teacher_steps:
+        raise InputError(f"starts must rise from 0 and stay below {config.teacher_steps} teacher steps, found {starts}")
+    scheduler = fresh_scheduler(pipeline)
+    scheduler.set_timesteps(config.teacher_steps)
+    return [int(scheduler.timesteps[i]) for i in starts]
+
+
+def captions_of(config: DistilConfig, count: int) -> tuple[str, ...]:
+    """A caption of an invented record for each of `count` trajectories; the domain's fixed prompts are among them."""
+    domain, found = get_domain(config.domain), []
+    fixed = domain.validation_prompts()
+    for i in range(count):
+        rng = random.Random(seeding.key(config.seed, STAGE, "caption", i))
+        found.append(rng.choice(fixed) if rng.random() < 0.2 else domain.caption(domain.invented_record(rng), rng))
+    return tuple(found)
+
+
+def draw_trajectories(config: DistilConfig, pipeline: StableDiffusionPipeline, cache: Path) -> Trajectories:
+    """The teacher's trajectories, those that are held out last. Parts that a stopped run has drawn are read again.
+
+    Their folder in `cache` is named by everything they depend on.
+    """
+    count = config.trajectories + config.held_out
+    captions = captions_of(config, count)
+    weights = sorted(Path(config.base).rglob("*.safetensors"))
+    drawn = ("domain", "seed", "teacher_steps", "starts", "trajectories", "held_out", "draw_batch")
+    identity = [
+        {name: getattr(config, name) for name in drawn},
+        str(config.guidance),
+        [hash_file(path).sha256 for path in weights],
+    ]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    folder = cache / f"trajectories-{config.domain}-{digest[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    with tqdm(total=count, unit="image", desc="teacher") as bar:
+        for start in range(0, count, config.draw_batch):
+            path = folder / f"states-{start:06d}.safetensors"
+            rows = range(start, min(start + config.draw_batch, count))
+            if not path.is_file():
+                states = _draw(config, pipeline, [captions[i] for i in rows], list(rows))
+                writing = path.with_name(f".writing-{path.name}")
+                save_file({"states": states}, writing)
+                os.replace(writing, path)
+            parts.append(load_file(path)["states"])
+            bar.update(len(rows))
+    return Trajectories(torch.cat(parts), captions)
+
+
+def _draw(
+    config: DistilConfig, pipeline: StableDiffusionPipeline, captions: list[str], numbers: list[int]
+) -> torch.Tensor:
+    trail: list[torch.Tensor] = []
+    seeds = [seeding.key(config.seed, STAGE, "noise", i) for i in numbers]
+    finished = sample(
+        pipeline, captions, seeds, steps=config.teacher_steps, guidance_scale=config.guidance, trail=trail
+    )
+    return torch.stack([*(trail[i] for i in config.starts), finished.cpu()], dim=1).half().contiguous()
+
+
+class DistilLearner:
+    """Learns the adapter; see `train.loop.Learner`."""
+
+    def __init__(self, config: DistilConfig, pipeline: StableDiffusionPipeline, cache: Path) -> None:
+        self.config, self.pipeline = config, pipeline
+        self.timesteps = student_timesteps(config, pipeline)
+        drawn = draw_trajectories(config, pipeline, cache)
+        self.states, self.captions = drawn.states, drawn.captions
+        texts = list(dict.fromkeys(drawn.captions))
+        self.embeds = torch.cat([encode_prompts(pipeline, texts[i : i + 64]).cond for i in range(0, len(texts), 64)])
+        row = {text: number for number, text in enumerate(texts)}
+        self.text_of = torch.tensor([row[caption] for caption in drawn.captions])
+        pipeline.vae.requires_grad_(False)
+        self.policy = LoraPolicy(
+            pipeline.unet,
+            config.adapter,
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            convolutions=config.lora_convolutions,
+            averaged=True,
+            folded=True,
+            seed=config.seed,
+        )
+        if config.compile:
+            pipeline.unet.forward = compiled_forward(pipeline.unet)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
+        levels = [signal_and_noise_level(pipeline.scheduler, t) for t in self.timesteps]
+        self.levels = [(float(signal), float(noise)) for signal, noise in levels] + [(1.0, 0.0)]
+
+    def update(self, step: int) -> dict[str, float]:
+        config = self.config
+        rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup, 1))
+        rate *= 0.5 * (1 + np.cos(np.pi * step / config.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = torch.from_numpy(seeding.batch_indices(config.trajectories, config.batch, step, config.seed, STAGE))
+        self.optimizer.zero_grad(set_to_none=True)
+        errors = []
+        latents = self.states[rows, 0].float().to(config.device)
+        for number in range(len(self.timesteps)):
+            arrived = self._step(number, latents, rows)
+            error = self._error(number, arrived, rows)
+            (error.mean() / len(self.timesteps)).backward()
+            errors.append(error.mean().item())
+            latents = arrived.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, error_if_nonfinite=True)
+        self.optimizer.step()
+        self.policy.average(min(config.average_decay, (step + 1) / (step + 10)))
+        by_step = {f"error/t{t:04d}": error for t, error in zip(self.timesteps, errors, strict=True)}
+        return {"loss": float(np.mean(errors)), "grad_norm": norm.item(), **by_step}
+
+    def _step(self, number: int, latents: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Where the student's step `number` takes `latents` (B, C, h, w): one pass, one DDIM step without noise."""
+        embeds = self.embeds[self.text_of[rows]].to(latents.device)
+        timestep = torch.full((len(rows),), self.timesteps[number], device=latents.device)
+        prediction = self.pipeline.unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        seen = split_prediction(self.pipeline.scheduler, prediction, latents, float(self.timesteps[number]))
+        signal, noise = self.levels[number + 1]
+        return signal * seen.x0 + noise * seen.noise
+
+    def _error(self, number: int, arrived: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance (B,) from the teacher's latents, in units of their signal.
+
+        A miss of the clean latents by one step is then a miss by as much or less, however noisy the step ends.
+        """
+        wanted = self.states[rows, number + 1].float().to(arrived)
+        return ((arrived - wanted) / self.levels[number + 1][0]).square().mean(dim=(1, 2, 3))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.weights(self.policy.name),
+            "average": self.policy.weights(self.policy.behaviour),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.policy.set_weights(self.policy.behaviour, state["average"])
+        self.policy.set_weights(self.policy.name, state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def held_out_errors(self) -> dict[str, np.ndarray]:
+        """Root mean squared distance (H,) of pixels in [0, 255] from the teacher's pictures of held-out noises.
+
+        student: of the adapter in its few steps; solver: of the generator without it, by its own solver in as many.
+        """
+        config, rows = self.config, torch.arange(self.config.trajectories, len(self.states))
+        found: dict[str, list[np.ndarray]] = {"student": [], "solver": []}
+        for start in range(0, len(rows), config.draw_batch):
+            part = rows[start : start + config.draw_batch]
+            teacher = decode(self.pipeline, self.states[part, -1].float())
+            captions = [self.captions[i] for i in part]
+            seeds = [seeding.key(config.seed, STAGE, "noise", int(i)) for i in part]
+            with self.policy.using(self.policy.behaviour):
+                student = sample(self.pipeline, captions, seeds, guidance_scale=1.0, timesteps=self.timesteps)
+            with self.policy.using(None):
+                solver = sample(
+                    self.pipeline, captions, seeds, steps=len(self.timesteps), guidance_scale=config.guidance
+                )
+            for name, latents in (("student", student), ("solver", solver)):
+                apart = (decode(self.pipeline, latents) - teacher) * 127.5
+                found[name].append(apart.square().mean(dim=(1, 2, 3)).sqrt().cpu().numpy())
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write the averaged adapter and how far its pictures are from the teacher's."""
+        errors = {name: mean_interval(values).as_json() for name, values in self.held_out_errors().items()}
+        metrics = {
+            "rmse_from_teacher": errors,
+            "unet_passes": {"student": len(self.timesteps), "teacher": 2 * self.config.teacher_steps},
+            "trained_parameters": sum(p.numel() for p in self.policy.parameters()),
+        }
+        self.policy.set_weights(self.policy.name, self.policy.weights(self.policy.behaviour))
+        recipe = {name: value for name, value in asdict(self.config).items() if name != "out"}
+        details = {"title": self.config.title, "timesteps": self.timesteps, "recipe": recipe, "metrics": metrics}
+        self.policy.save(folder, details)
+        return metrics
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train distil RECIPE [overrides]`."""
+    config = parse(arguments, DistilConfig)
+    pipeline = open_pipeline(config.base, config.device)
+    fit(DistilLearner(config, pipeline, Path(config.out).parent), config)
