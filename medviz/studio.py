@@ -217,8 +217,8 @@ class Studio:
         manifest = self.manifest(domain)
         if adapter == "":
             return manifest.default_adapter
-        if adapter not in manifest.adapters:
-            allowed = ", ".join((*manifest.adapters, "none"))
+        if adapter not in manifest.selectable:
+            allowed = ", ".join((*manifest.selectable, "none"))
             raise InputError(f"unknown adapter {str(adapter)[:60]!r}; allowed: {allowed}, or empty for the default")
         return adapter
 

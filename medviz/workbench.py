@@ -22,14 +22,14 @@ from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import GUIDANCE_INTERVAL, Guidance
 from medviz.generation.inversion import attention_on_image
-from medviz.generation.sampling import decode, latent_hw, sample
+from medviz.generation.sampling import FewSteps, decode, latent_hw, sample
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.capture import AttentionMaps, capture
 from medviz.grounding.heat_maps import grounding_heat_map, word_heat_maps
 from medviz.grounding.metrics import cnr, mass_in_region
 from medviz.grounding.words import content_indices, token_indices, truncated_text
 from medviz.images import fit_square, to_pil, to_tensor
-from medviz.limits import DEFAULT_GUIDANCE_SCALE, check_word
+from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, check_word
 from medviz.models.adapters import using_adapter
 from medviz.models.library import LOADING, LoadedDomain, ModelLibrary
 from medviz.models.manifest import Manifest
@@ -71,6 +71,10 @@ class Models:
         pipeline = self.loaded.pipeline
         return latent_hw(pipeline.unet.config)[0] * int(pipeline.vae_scale_factor)
 
+    def few_steps(self, request: Request) -> FewSteps | None:
+        """How a request is drawn by the few-step adapter, where its number of steps and its guidance ask for that."""
+        return FewSteps.of(self.loaded.manifest, request.steps, request.guidance_scale)
+
     @property
     def guidance(self) -> Guidance:
         """The guidance that the models are meant for; a request names another scale within its interval."""
@@ -108,6 +112,11 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
     if request.adapter is None:
         none = "No adapter was chosen" if models.loaded.manifest.adapters else "This domain has no aligned adapter yet"
         warnings.append(f"{none}: both sides show the baseline.")
+    if few_steps := models.few_steps(request):
+        warnings.append(
+            f"Drawn in {request.steps} steps by an adapter that learnt to: near to what "
+            f"{DEFAULT_STEPS} steps draw from this noise, not the same."
+        )
     for side, anatomy in zip(("Baseline", "Aligned"), anatomies, strict=True):
         warnings += [f"{side} image: {warning}" for warning in anatomy.warnings]
     size_hw = (baseline[0].height, baseline[0].width)
@@ -120,7 +129,7 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
 
     return Pair(
         **vars(request),
-        models=model_identity(models.loaded.manifest, request.adapter),
+        models=model_identity(models.loaded.manifest, request.adapter, few_steps.adapter if few_steps else None),
         words=words,
         baseline=Drawing(baseline[0], anatomies[0].regions),
         aligned=Drawing(aligned[0], anatomies[1].regions),
@@ -140,13 +149,15 @@ def score_image(models: Models, prompt: str, picture: Image.Image) -> list[Score
 def draw_batch(models: Models, requests: Sequence[Request]) -> list[Image.Image]:
     """Draw requests that differ in prompt and seed alone."""
     pipeline, first = models.loaded.pipeline, requests[0]
-    with using_adapter(pipeline.unet, first.adapter):
+    few_steps = models.few_steps(first)
+    with using_adapter(pipeline.unet, first.adapter, few_steps.adapter if few_steps else None):
         latents = sample(
             pipeline,
             [request.prompt for request in requests],
             [request.seed for request in requests],
             steps=first.steps,
             guidance_scale=models.guidance.with_scale(first.guidance_scale),
+            few_steps=few_steps,
         )
         return [to_pil(image) for image in decode(pipeline, latents)]
 
@@ -240,13 +251,16 @@ def _draw(
         on_preview(Preview(which, index + 1, request.steps, image))
 
     adapter = request.adapter if which == "aligned" else None
-    with using_adapter(pipeline.unet, adapter), capture(pipeline.unet) as maps:
+    few_steps = models.few_steps(request)
+    drawn_by = using_adapter(pipeline.unet, adapter, few_steps.adapter if few_steps else None)
+    with drawn_by, capture(pipeline.unet) as maps:
         latents = sample(
             pipeline,
             [request.prompt],
             [request.seed],
             steps=request.steps,
             guidance_scale=models.guidance.with_scale(request.guidance_scale),
+            few_steps=few_steps,
             on_step=on_step,
             maps=maps,
         )
@@ -307,14 +321,15 @@ def brightest_box(heat_map: HeatMap, threshold: float) -> tuple[int, int, int, i
     return x, y, x + width, y + height
 
 
-def model_identity(manifest: Manifest, adapter: str | None) -> dict[str, Any]:
+def model_identity(manifest: Manifest, *adapters: str | None) -> dict[str, Any]:
     """Name what drew and judged: the preset, the sha256 of each part's weights (of their list when sharded), and where
     guidance holds, without which the same weights and scale draw other pictures."""
     files = {**(manifest.hub.files if manifest.hub is not None else {}), **manifest.files}
     parts: dict[str, list[str]] = {}
     for name, record in sorted(files.items()):
         part = name.rpartition("/")[0]
-        if name.endswith(".safetensors") and (not part.startswith("adapters/") or part == f"adapters/{adapter}"):
+        drawn_with = [f"adapters/{adapter}" for adapter in adapters]
+        if name.endswith(".safetensors") and (not part.startswith("adapters/") or part in drawn_with):
             parts.setdefault(part, []).append(record.sha256)
     hashes = {
         part: found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from medviz.domains import get_domain
 from medviz.errors import InputError
 from medviz.generation.sampling import (
+    FewSteps,
     decode,
     encode_prompts,
     fresh_scheduler,
@@ -52,8 +53,8 @@ class DistilConfig(GuidedConfig):
     domain: str = "dermatology"
     base: str = "runs/longer-dermatology-cpu/model"
     """Pipeline folder: teacher and, with the adapter, student."""
-    adapter: str = "draft"
-    title: str = "Draft in a few steps"
+    adapter: str = "few_steps"
+    title: str = "In few steps"
     teacher_steps: int = 20
     starts: tuple[int, ...] = (0, 6, 11, 15)
     """Steps of the teacher, from 0, at which the student's begin."""
@@ -153,6 +154,7 @@ class DistilLearner:
     def __init__(self, config: DistilConfig, pipeline: StableDiffusionPipeline, cache: Path) -> None:
         self.config, self.pipeline = config, pipeline
         self.timesteps = student_timesteps(config, pipeline)
+        self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
         drawn = draw_trajectories(config, pipeline, cache)
         self.states, self.captions = drawn.states, drawn.captions
         texts = list(dict.fromkeys(drawn.captions))
@@ -240,7 +242,7 @@ class DistilLearner:
             captions = [self.captions[i] for i in part]
             seeds = [seeding.key(config.seed, STAGE, "noise", int(i)) for i in part]
             with self.policy.using(self.policy.behaviour):
-                student = sample(self.pipeline, captions, seeds, guidance_scale=1.0, timesteps=self.timesteps)
+                student = sample(self.pipeline, captions, seeds, few_steps=self.few_steps)
             with self.policy.using(None):
                 solver = sample(
                     self.pipeline, captions, seeds, steps=len(self.timesteps), guidance_scale=config.guidance

@@ -16,12 +16,14 @@ import torch
 
 from medviz.errors import InputError, ModelError
 from medviz.generation.guidance import Guidance
+from medviz.limits import DEFAULT_GUIDANCE_SCALE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from medviz.grounding.capture import AttentionMaps
+    from medviz.models.manifest import Manifest
 
 OnStep = Callable[[int, torch.Tensor], None]
 
@@ -47,6 +49,23 @@ class Denoised:
 
     x0: torch.Tensor
     noise: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """How a few-step adapter draws: at these timesteps, falling, one unguided pass each; its guidance is folded in."""
+
+    adapter: str
+    timesteps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, steps: int, guidance_scale: float) -> FewSteps | None:
+        """That of a model folder, where it has one for so many steps at its own guidance scale; else None."""
+        name = manifest.few_step_adapter
+        if name is None or guidance_scale != float(manifest.recipe.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)):
+            return None
+        timesteps = tuple(manifest.adapters[name]["timesteps"])
+        return cls(name, timesteps) if steps == len(timesteps) else None
 
 
 def latent_hw(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -190,14 +209,14 @@ def fresh_scheduler(pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
 
 
-def few_step_scheduler(pipeline: StableDiffusionPipeline, timesteps: Sequence[int]) -> SchedulerMixin:
-    """A scheduler at `timesteps`, falling, in deterministic first-order steps (DDIM): how a few-step adapter draws."""
+def few_step_scheduler(pipeline: StableDiffusionPipeline, few_steps: FewSteps) -> SchedulerMixin:
+    """A scheduler at the timesteps of `few_steps`, in deterministic first-order steps (DDIM)."""
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero"
     )
-    scheduler.set_timesteps(timesteps=list(timesteps), device=pipeline.unet.device)
+    scheduler.set_timesteps(timesteps=list(few_steps.timesteps), device=pipeline.unet.device)
     return scheduler
 
 
@@ -222,7 +241,7 @@ def sample(
     maps: AttentionMaps | None = None,
     grid_hw: tuple[int, int] | None = None,
     prompt_embeds: PromptEmbeds | None = None,
-    timesteps: Sequence[int] | None = None,
+    few_steps: FewSteps | None = None,
     trail: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draws latents (B, C, h, w), float32, one for each prompt and seed; `decode` makes images of them.
@@ -232,20 +251,21 @@ def sample(
 
     on_step(index, x0) is called after each step with its index, from 0, and the current estimate of the clean
     latents (B, C, h, w); what it raises (Cancelled) ends the sampling. `maps`, from an enclosing `capture`, is told
-    each step. `prompt_embeds`, where given, stands in for the encoded prompts. `timesteps`, where given, stand in for
-    `steps`: see :func:`few_step_scheduler`. `trail` gets the latents (B, C, h, w) before each step. No gradient is
-    kept.
+    each step. `prompt_embeds`, where given, stands in for the encoded prompts. `few_steps`, where given, stands in for
+    steps, guidance scale and scheduler; its adapter has to be on. `trail` gets the latents (B, C, h, w) before each
+    step. No gradient is kept.
 
     Raises InputError when the lists differ in length or a number is out of range.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
     embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts)
     unet = pipeline.unet
-    scheduler = few_step_scheduler(pipeline, timesteps) if timesteps else fresh_scheduler(pipeline)
+    scheduler = few_step_scheduler(pipeline, few_steps) if few_steps else fresh_scheduler(pipeline)
+    guidance_scale = 1.0 if few_steps else guidance_scale
     generators = seeded_generators(seeds)
     shape = (int(unet.config.in_channels), *(grid_hw or latent_hw(unet.config)))
     with torch.inference_mode():
-        if not timesteps:
+        if not few_steps:
             scheduler.set_timesteps(steps, device=unet.device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         draw = {"generator": generators} if takes_generator else {}

@@ -48,30 +48,31 @@ def loaded_adapters(unet: UNet2DConditionModel) -> tuple[str, ...]:
 
 
 @contextmanager
-def using_adapter(unet: UNet2DConditionModel, name: str | None) -> Iterator[None]:
-    """Switch exactly the adapter `name` on, or all off for None, and restore the former state on every exit.
+def using_adapter(unet: UNet2DConditionModel, *names: str | None) -> Iterator[None]:
+    """Switch exactly the adapters `names` on, all off where they are None, and restore the former state on every exit.
 
-    Another thread that asks for an adapter of the same UNet waits; leave the block in the thread that entered it.
-    Raises InputError for a name that is not loaded.
+    Changes of several LoRA adapters add up. Another thread that asks for an adapter of the same UNet waits; leave the
+    block in the thread that entered it. Raises InputError for a name that is not loaded.
     """
+    chosen = [name for name in names if name is not None]
     with unet_lock(unet):
-        if name is not None:
+        for name in chosen:
             _check_loaded(name, loaded_adapters(unet))
         embeddings = _embeddings.get(unet, {})
         were_enabled = {each: found.enabled for each, found in embeddings.items()}
-        has_lora = name in _lora_names(unet)
+        loras = [name for name in chosen if name in _lora_names(unet)]
         layers = _tuner_layers(unet)
         states = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
         # PEFT's switches also freeze and unfreeze; what is trained is the trainer's business, not ours.
         trainable = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
         try:
             for layer in layers:
-                if has_lora:
-                    layer.set_adapter([name], inference_mode=True)
-                layer.enable_adapters(has_lora)
+                if loras:
+                    layer.set_adapter(loras, inference_mode=True)
+                layer.enable_adapters(bool(loras))
             _restore_trainable(trainable)
             for each, found in embeddings.items():
-                found.enabled = each == name
+                found.enabled = each in chosen
             yield
         finally:
             for each, enabled in were_enabled.items():

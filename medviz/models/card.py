@@ -88,7 +88,11 @@ def _front_matter(manifest: Manifest) -> str:
 
 
 def _adapters(manifest: Manifest) -> str:
-    uses = {"drawing": manifest.default_adapter, "grounding": manifest.grounding_adapter or manifest.default_adapter}
+    uses = {
+        "drawing": manifest.default_adapter,
+        "grounding": manifest.grounding_adapter or manifest.default_adapter,
+        "few steps": manifest.few_step_adapter,
+    }
     rows = [
         (f"`{name}`", details.get("title"), ", ".join(use for use, which in uses.items() if which == name))
         for name, details in manifest.adapters.items()

@@ -87,9 +87,9 @@ class LoadedDomain:
             return None
         if name == "":
             return self.default_adapter
-        if name not in self.adapters:
+        if name not in self.manifest.selectable:
             raise InputError(
-                f"unknown adapter {str(name)[:60]!r}; allowed: {', '.join((*self.adapters, NO_ADAPTER))}, "
+                f"unknown adapter {str(name)[:60]!r}; allowed: {', '.join((*self.manifest.selectable, NO_ADAPTER))}, "
                 "or empty for the default"
             )
         return name

@@ -50,8 +50,9 @@ class HubSource:
 @dataclass(frozen=True)
 class Manifest:
     """manifest.json. `files` maps POSIX paths relative to the folder to their records; `adapters` maps names to what
-    adapter.json says; `grounding_adapter` is the one that phrases are looked for with (None: `default_adapter`); `hub`
-    is None when the pipeline lies in the folder itself. Figures that were not computed are None."""
+    adapter.json says; `grounding_adapter` is the one that phrases are looked for with (None: `default_adapter`);
+    `few_step_adapter` the one that draws in as many steps as its adapter.json has timesteps (None: there is none);
+    `hub` is None when the pipeline lies in the folder itself. Figures that were not computed are None."""
 
     domain: str
     preset: str = ""
@@ -63,9 +64,15 @@ class Manifest:
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     default_adapter: str | None = None
     grounding_adapter: str | None = None
+    few_step_adapter: str | None = None
     hub: HubSource | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def selectable(self) -> tuple[str, ...]:
+        """The adapters that a request may name: all but the few-step one, which a number of steps asks for."""
+        return tuple(name for name in self.adapters if name != self.few_step_adapter)
 
     @property
     def sha256(self) -> str:
@@ -182,6 +189,7 @@ def _parse(content: Mapping[str, Any], path: Path) -> Manifest:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} is damaged: {error!r}. {_WAY_OUT}") from error
     _check_names(manifest, path)
+    _check_few_steps(manifest, path)
     return manifest
 
 
@@ -191,12 +199,28 @@ def _check_names(manifest: Manifest, path: Path) -> None:
             raise ModelError(
                 f"{path}: {name!r} cannot be a domain's or adapter's name; allowed: {NAME_PATTERN.pattern}"
             )
-    for use, chosen in (("default", manifest.default_adapter), ("grounding", manifest.grounding_adapter)):
+    uses = {
+        "default": manifest.default_adapter,
+        "grounding": manifest.grounding_adapter,
+        "few-step": manifest.few_step_adapter,
+    }
+    for use, chosen in uses.items():
         if chosen is not None and chosen not in manifest.adapters:
             raise ModelError(
                 f"{path}: the {use} adapter {chosen!r} is not among the adapters "
                 f"({', '.join(manifest.adapters) or 'there are none'})"
             )
+
+
+def _check_few_steps(manifest: Manifest, path: Path) -> None:
+    if manifest.few_step_adapter is None:
+        return
+    timesteps = manifest.adapters[manifest.few_step_adapter].get("timesteps")
+    whole = isinstance(timesteps, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in timesteps)
+    if not whole or not timesteps or min(timesteps) < 0 or timesteps != sorted(set(timesteps), reverse=True):
+        raise ModelError(
+            f"{path}: the few-step adapter {manifest.few_step_adapter!r} needs falling timesteps, found {timesteps!r}"
+        )
 
 
 def _parse_files(content: Any, path: Path) -> dict[str, FileRecord]:

@@ -298,7 +298,7 @@ def adapter_choices(studio: Studio, domain: str, *, grounding: bool = False) -> 
     if domain not in studio.domains():
         return [("None trained yet", ""), baseline]
     manifest = studio.manifest(domain)
-    titles = {name: str(details.get("title") or name) for name, details in manifest.adapters.items()}
+    titles = {name: str(manifest.adapters[name].get("title") or name) for name in manifest.selectable}
     first = (manifest.grounding_adapter if grounding else None) or manifest.default_adapter
     default = titles.pop(first or "", None)
     choices = [(f"{default} (default)" if default else "None trained yet", "")]

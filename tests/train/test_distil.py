@@ -81,7 +81,7 @@ def test_the_student_is_trained_in_the_steps_that_it_draws_in(base, cache, tmp_p
         for number in range(len(made.timesteps)):
             latents = made._step(number, latents, rows)
     seeds = [distil.seeding.key(0, "distil", "noise", i) for i in range(4)]
-    drawn = sample(made.pipeline, made.captions[:4], seeds, guidance_scale=1.0, timesteps=made.timesteps)
+    drawn = sample(made.pipeline, made.captions[:4], seeds, few_steps=made.few_steps)
     torch.testing.assert_close(latents, drawn, atol=5e-3, rtol=5e-3)  # the first noise was kept in fp16
 
 
@@ -109,12 +109,12 @@ def test_the_student_comes_nearer_and_the_generator_stays(base, cache, tmp_path)
     after = made.pipeline.unet.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in plain.items())
     pipeline = distil.open_pipeline(config.base, "cpu")
-    load_lora(pipeline.unet, tmp_path / "run/model", "draft")
+    load_lora(pipeline.unet, tmp_path / "run/model", "few_steps")
     seeds = [distil.seeding.key(0, "distil", "noise", 11)]
-    with using_adapter(pipeline.unet, "draft"):
-        read = sample(pipeline, made.captions[11:12], seeds, guidance_scale=1.0, timesteps=made.timesteps)
+    with using_adapter(pipeline.unet, "few_steps"):
+        read = sample(pipeline, made.captions[11:12], seeds, few_steps=made.few_steps)
     with made.policy.using(made.policy.name):
-        kept = sample(made.pipeline, made.captions[11:12], seeds, guidance_scale=1.0, timesteps=made.timesteps)
+        kept = sample(made.pipeline, made.captions[11:12], seeds, few_steps=made.few_steps)
     torch.testing.assert_close(read, kept, atol=1e-4, rtol=1e-3)
 
 

@@ -21,9 +21,10 @@ from train.datasets.split import open_split
 from train.evaluate.features import image_encoder_space, independent_space, segmenter_space
 from train.evaluate.generated import caption_request, generate, grid_request, weights_digest
 from train.evaluate.history import read as read_history
+from train.evaluate.real import real_images
 from train.evaluate.report import ReportConfig, read_reports
 from train.evaluate.report import run as write_tables
-from train.evaluate.stage import EvaluateConfig, real_images, run
+from train.evaluate.stage import EvaluateConfig, run
 
 DIAGNOSES = ("nv", "mel", "bkl", "nv")
 
@@ -84,7 +85,7 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     monkeypatch.setenv("MEDVIZ_DATA", str(images_folder))
     config = config_for(model_root, tmp_path, apr_heads=("hair", "ruler"))
     report = run(config, command="python -m train evaluate x.yaml")
-    stored = json.loads((tmp_path / "reports" / "evaluation-dermatology.json").read_text())
+    stored = json.loads((tmp_path / "reports" / "evaluation-dermatology-2-steps.json").read_text())
     assert stored == json.loads((tmp_path / "run" / "metrics.json").read_text()) == report
     figures = {figure["name"]: figure for figure in stored["figures"]}
     assert len(figures) == len(stored["figures"])
@@ -122,7 +123,7 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     with Image.open(tmp_path / "reports" / stored["contact_sheet"]) as sheet:
         assert sheet.width > 4 * tiny.IMAGE_SIZE_PX
         assert sheet.text["Synthetic"] == "yes"
-    with Image.open(tmp_path / "reports" / "contact-sheet-dermatology-classes.png") as sheet:
+    with Image.open(tmp_path / "reports" / "contact-sheet-dermatology-2-steps-classes.png") as sheet:
         assert sheet.text["Synthetic"] == "yes"
     (confused,) = stored["confusions"]
     assert confused["group"] == "diagnosis"

@@ -52,6 +52,23 @@ def test_exactly_the_named_adapter_is_on(unet: UNet2DConditionModel) -> None:
             assert torch.equal(noise_pred(unet), noise_pred(alone))
 
 
+def test_changes_of_two_adapters_add_up(unet: UNet2DConditionModel) -> None:
+    layer = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    found = {}
+    with torch.no_grad():
+        for names in ((None,), ("first",), ("second",), ("first", "second"), ("first", None)):
+            with using_adapter(unet, *names):
+                found[names] = layer(x)
+    plain = found[None,]
+    both = found["first",] + found["second",] - plain
+    torch.testing.assert_close(found["first", "second"], both)
+    assert torch.equal(found["first", None], found["first",])
+    assert torch.equal(layer(x), plain)
+    with pytest.raises(InputError, match="allowed: first, second"), using_adapter(unet, "first", "third"):
+        pass
+
+
 def test_an_adapter_of_zeros_changes_no_bit(unet: UNet2DConditionModel) -> None:
     zero_adapter(unet, "first")
     with using_adapter(unet, "first"):

@@ -98,6 +98,12 @@ def test_a_file_that_is_not_listed_is_refused(folder: Path, name: str) -> None:
         ({"domain": None}, "allowed"),
         ({"default_adapter": "anatomy"}, "'anatomy' is not among the adapters \\(attribute\\)"),
         ({"grounding_adapter": "anatomy"}, "the grounding adapter 'anatomy' is not among the adapters"),
+        ({"few_step_adapter": "fast"}, "the few-step adapter 'fast' is not among the adapters"),
+        ({"few_step_adapter": "attribute"}, "'attribute' needs falling timesteps, found None"),
+        (
+            {"adapters": {"fast": {"timesteps": [200, 400]}}, "default_adapter": None, "few_step_adapter": "fast"},
+            "needs falling timesteps, found \\[200, 400\\]",
+        ),
         ({"adapters": {"none": {}}, "default_adapter": None}, "'none'"),
         ({"adapters": {"a/b": {}}, "default_adapter": None}, "'a/b'"),
     ],

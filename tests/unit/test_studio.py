@@ -1,6 +1,7 @@
 """The use cases on tiny models: what is asked is checked first, drawn once, measured, and the same every time."""
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -13,10 +14,11 @@ from PIL import Image
 from medviz import Cancelled, InputError, ModelError, Studio, workbench
 from medviz.limits import MAX_PROMPT_CHARS
 from medviz.models import library
-from medviz.models.adapters import zero_adapter
+from medviz.models.adapters import save_lora, zero_adapter
+from medviz.models.manifest import write_manifest
 from medviz.ui.generate import adapter_choices
 from medviz.workbench import brightest_box
-from tests.tiny import ADAPTER, IMAGE_SIZE_PX
+from tests.tiny import ADAPTER, IMAGE_SIZE_PX, add_lora, make_unet
 
 PROMPTS = {
     "dermatology": "a dermoscopic image with melanoma (MEL) showing hair, ruler",
@@ -112,6 +114,43 @@ def test_seed_prompt_and_guidance_change_the_image(studio: Studio) -> None:
     ).baseline.image.tobytes()
     images = {ask(), ask(seed=2), ask(prompt="a dermoscopic image with nevus (NV)"), ask(guidance_scale=9.0)}
     assert len(images) == 4
+
+
+@pytest.fixture(scope="module")
+def fast(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """A studio whose dermatology can draw in two steps."""
+    root = tmp_path_factory.mktemp("fast")
+    folder = shutil.copytree(model_root / "dermatology", root / "dermatology")
+    unet = make_unet()
+    add_lora(unet, "few_steps", seed=7)
+    save_lora(unet, folder / "adapters" / "few_steps", "few_steps", details={"timesteps": [999, 400]})
+    fields = json.loads((folder / "manifest.json").read_text())
+    kept = {name: value for name, value in fields.items() if name not in ("files", "format_version", "adapters")}
+    write_manifest(folder, {**kept, "few_step_adapter": "few_steps"})
+    return Studio(root, device="cpu")
+
+
+def test_a_number_of_steps_asks_for_the_adapter_that_learnt_to_draw_in_them(studio: Studio, fast: Studio) -> None:
+    prompt = PROMPTS["dermatology"]
+    plain, quick = (s.compare("dermatology", prompt, 1, steps=2) for s in (studio, fast))
+    for side in ("baseline", "aligned"):
+        assert getattr(plain, side).image.tobytes() != getattr(quick, side).image.tobytes()
+    assert quick.baseline.image.tobytes() != quick.aligned.image.tobytes()
+    assert {"adapters/attribute", "adapters/few_steps"} <= quick.report()["models"].keys()
+    assert "adapters/few_steps" not in plain.report()["models"]
+    assert any(warning.startswith("Drawn in 2 steps") for warning in quick.warnings)
+    (drawn,) = fast.generate("dermatology", [prompt], [1], steps=2)
+    assert np.abs(np.asarray(drawn, int) - np.asarray(quick.aligned.image, int)).max() <= 1
+    # other steps, or another guidance than the adapter learnt, are the solver's as before
+    for asked in ({"steps": 3}, {"steps": 2, "guidance_scale": 1.5}):
+        one, other = (s.compare("dermatology", prompt, 1, **asked) for s in (studio, fast))
+        assert one.baseline.image.tobytes() == other.baseline.image.tobytes()
+
+
+def test_the_few_step_adapter_is_no_choice_of_its_own(fast: Studio) -> None:
+    assert "few_steps" not in [value for _, value in adapter_choices(fast, "dermatology")]
+    with pytest.raises(InputError, match="unknown adapter 'few_steps'; allowed: attribute, none"):
+        fast.compare("dermatology", PROMPTS["dermatology"], 1, adapter="few_steps")
 
 
 def test_without_an_adapter_both_sides_are_the_baseline(studio: Studio) -> None:

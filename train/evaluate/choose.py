@@ -28,7 +28,8 @@ from train.evaluate.features import independent_space, judge_space
 from train.evaluate.fidelity import kernel_distance, kernel_distance_change
 from train.evaluate.generated import caption_request, generate
 from train.evaluate.measure import BASELINE
-from train.evaluate.stage import RealImages, readings, real_images
+from train.evaluate.real import RealImages, real_images
+from train.evaluate.stage import readings
 from train.evaluate.statistics import mean_interval, paired_difference
 from train.rl.trainer import open_pipeline
 

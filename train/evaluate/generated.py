@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from medviz.generation.guidance import Guidance
-from medviz.generation.sampling import decode, sample
+from medviz.generation.sampling import FewSteps, decode, sample
 from medviz.models.adapters import using_adapter
 from medviz.models.manifest import FileRecord
 from train.seeding import key
@@ -58,12 +58,12 @@ def caption_request(captions: Sequence[str], seed: int, steps: int, guidance_sca
     return Request(prompts=tuple(captions), seeds=seeds, steps=steps, guidance_scale=guidance_scale)
 
 
-def weights_digest(files: Mapping[str, FileRecord], adapter: str | None) -> str:
-    """sha256 over the names and hashes of the files that an image depends on: the pipeline's, and one adapter's.
+def weights_digest(files: Mapping[str, FileRecord], *adapters: str | None) -> str:
+    """sha256 over the names and hashes of the files that an image depends on: the pipeline's, and its adapters'.
 
     The judge, the reward and other adapters leave it unchanged.
     """
-    return _digest(files, (*GENERATOR_PARTS, *(() if adapter is None else (f"adapters/{adapter}/",))))
+    return _digest(files, (*GENERATOR_PARTS, *(f"adapters/{name}/" for name in adapters if name is not None)))
 
 
 def eyes_digest(files: Mapping[str, FileRecord]) -> str:
@@ -85,18 +85,22 @@ def generate(
     *,
     batch: int,
     label: str = "images",
+    few_steps: FewSteps | None = None,
 ) -> np.ndarray:
     """Images of a request as uint8 (N, H, W, 3), drawn in batches of `batch`; batches found in `folder` are read.
 
-    adapter: a name, or None for the baseline. The image of a prompt and seed is the same whichever batch it is in, up
-    to the float error of a matrix product of another size.
+    adapter: a name, or None for the baseline; few_steps: see `medviz.generation.sampling.sample`. The image of a prompt
+    and seed is the same whichever batch it is in, up to the float error of a matrix product of another size.
     """
-    identity = {"weights": weights_digest(files, adapter), "adapter": adapter, "batch": batch, **asdict(request)}
+    also = few_steps.adapter if few_steps else None
+    identity = {"weights": weights_digest(files, adapter, also), "adapter": adapter, "batch": batch, **asdict(request)}
+    if few_steps:
+        identity["few_steps"] = asdict(few_steps)
     place = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
     (place / "request.json").write_text(json.dumps(identity, indent=1))
     parts = []
-    with using_adapter(pipeline.unet, adapter), tqdm(total=len(request), unit="image", desc=label) as bar:
+    with using_adapter(pipeline.unet, adapter, also), tqdm(total=len(request), unit="image", desc=label) as bar:
         for start in range(0, len(request), batch):
             path = place / f"images-{start:06d}.npz"
             if not path.is_file():
@@ -107,6 +111,7 @@ def generate(
                     request.seeds[rows],
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
+                    few_steps=few_steps,
                 )
                 _write(path, _to_uint8(decode(pipeline, latents)))
             with np.load(path) as stored:

@@ -74,10 +74,10 @@ def worse(entries: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[
     others = [old for old in alike(entries, new) if old["models"] != new["models"]]
     for name, mine in new["figures"].items():
         sign = 1.0 if mine["higher_is_better"] else -1.0
-        rivals = [(old, _shown(old["figures"][name])) for old in others if name in old["figures"]]
-        rivals = [(old, theirs) for old, theirs in rivals if theirs is not None]
+        shown = [(old, _shown(old["figures"][name])) for old in others if name in old["figures"]]
+        rivals = [(old, theirs) for old, theirs in shown if theirs]
         ours = _shown(mine)
-        if ours is None or not rivals:
+        if not ours or not rivals:
             continue
         best, theirs = max(rivals, key=lambda pair: sign * pair[1]["value"])
         ends = ("high", "low") if sign > 0 else ("low", "high")
@@ -101,6 +101,7 @@ def record(path: Path, report: Mapping[str, Any]) -> list[str]:
     return worse(entries, new)
 
 
-def _shown(figure: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _shown(figure: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The default adapter's estimate, or the baseline's; empty where it was not computed."""
     estimate = figure["aligned"] or figure["baseline"]
-    return estimate if estimate and estimate["value"] is not None else None
+    return estimate if estimate and estimate["value"] is not None else {}

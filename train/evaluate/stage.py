@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import random
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +27,15 @@ from medviz.audit.memorisation import held_out_threshold, nearest_similarity
 from medviz.domains import Domain, ParsedPrompt, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
+from medviz.generation.sampling import FewSteps
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import FileRecord
 from medviz.rewards.attribute import attribute_reward, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
-from train import seeding
 from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
-from train.datasets.split import Split, open_split
+from train.datasets.split import open_split
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
 from train.evaluate.features import FeatureSpace, independent_space, judge_space
 from train.evaluate.figures import Figure
@@ -52,6 +51,7 @@ from train.evaluate.measure import (
     fidelity_figures,
     memorisation_figures,
 )
+from train.evaluate.real import RealImages, real_images
 from train.evaluate.recognition import class_records, confusions
 from train.evaluate.report import FORMAT_VERSION
 
@@ -95,16 +95,6 @@ class EvaluateConfig(StageConfig):
     """Pictures drawn at a time; part of what names the stored pictures."""
     reports: str = "assets/reports"
     """Folder that also gets the JSON and the contact sheet (empty: only `out`)."""
-
-
-@dataclass(frozen=True)
-class RealImages:
-    """Two groups of one split that share no patient and no lesion: `prompted` (A images), whose captions are drawn, and
-    `reference` (B images); uint8 (N, H, W, 3), with the captions (A,) of the prompted ones."""
-
-    prompted: np.ndarray
-    reference: np.ndarray
-    captions: tuple[str, ...]
 
 
 def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
@@ -169,23 +159,6 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     return report
 
 
-def real_images(split: Split, domain: Domain, captions: int, size_px: int, seed: int) -> RealImages:
-    """Divide a split by group, in an order drawn from the seed, until `captions` images (at most half) are prompted."""
-    groups: dict[str, list[int]] = {}
-    for index, group in enumerate(split.groups):
-        groups.setdefault(group, []).append(index)
-    order = list(groups)
-    seeding.numpy_generator(seed, "evaluate", "groups").shuffle(order)
-    wanted, prompted, reference = min(captions, len(split) // 2), list[int](), list[int]()
-    for group in order:
-        (prompted if len(prompted) < wanted else reference).extend(groups[group])
-    prompted = prompted[:wanted]
-    texts = tuple(
-        domain.caption(split.records[i], random.Random(seeding.key(seed, "evaluate", "words", i))) for i in prompted
-    )
-    return RealImages(split.images(size_px, prompted), split.images(size_px, reference), texts)
-
-
 def _check(config: EvaluateConfig) -> None:
     for name, low in (
         ("seeds_per_prompt", 2),
@@ -208,7 +181,10 @@ def _chosen_adapters(config: EvaluateConfig, loaded: LoadedDomain) -> tuple[str,
 def _draw(
     config: EvaluateConfig, loaded: LoadedDomain, adapters: tuple[str, ...], request: Request, kind: str
 ) -> dict[str, np.ndarray]:
-    """The request's pictures by every variant, uint8 (N, H, W, 3)."""
+    """The request's pictures by every variant, uint8 (N, H, W, 3), drawn as the app draws them."""
+    guidance = request.guidance_scale
+    scale = guidance.scale if isinstance(guidance, Guidance) else guidance
+    few_steps = FewSteps.of(loaded.manifest, request.steps, scale)
     return {
         adapter or BASELINE: generate(
             loaded.pipeline,
@@ -218,6 +194,7 @@ def _draw(
             Path(config.out) / "pictures",
             batch=config.batch,
             label=f"{kind}, {adapter or BASELINE}",
+            few_steps=few_steps,
         )
         for adapter in (None, *adapters)
     }
@@ -310,7 +287,7 @@ def _write_sheets(
         request = grid_request(prompts, seeds, config.steps, guidance)
         pictures = _draw(config, loaded, (adapter,), request, f"sheet{suffix}")
         rows = {name: images.reshape(len(prompts), seeds, *images.shape[1:]) for name, images in pictures.items()}
-        names.append(f"contact-sheet-{domain.name}{suffix}.png")
+        names.append(f"contact-sheet-{_stem(config)}{suffix}.png")
         sheet = contact_sheet(
             list(prompts),
             rows[BASELINE],
@@ -339,7 +316,8 @@ def _report(
     return {
         "format_version": FORMAT_VERSION,
         "kind": "evaluation",
-        "title": f"{get_domain(config.domain).label}: baseline and aligned model",
+        "title": f"{get_domain(config.domain).label}: baseline and aligned model"
+        + ("" if config.steps == DEFAULT_STEPS else f", in {config.steps} steps"),
         "domain": config.domain,
         "preset": manifest.preset,
         "command": command,
@@ -366,6 +344,11 @@ def _report(
     }
 
 
+def _stem(config: EvaluateConfig) -> str:
+    """What the files of this evaluation are named by: the domain, and the steps where they are not the usual ones."""
+    return config.domain + ("" if config.steps == DEFAULT_STEPS else f"-{config.steps}-steps")
+
+
 def _folders(config: EvaluateConfig) -> list[Path]:
     return [Path(name) for name in (config.out, config.reports) if name]
 
@@ -374,7 +357,7 @@ def _write_report(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     places = [Path(config.out) / "metrics.json"]
     if config.reports:
-        places.append(Path(config.reports) / f"evaluation-{config.domain}.json")
+        places.append(Path(config.reports) / f"evaluation-{_stem(config)}.json")
     for path in places:
         path.parent.mkdir(parents=True, exist_ok=True)
         writing = path.with_name(f".writing-{path.name}")

@@ -21,7 +21,8 @@ from train.evaluate.features import FeatureSpace
 from train.evaluate.fidelity import distance_and_halves, frechet_distance
 from train.evaluate.generated import Request
 from train.evaluate.measure import PromptSet, Readings, Role
-from train.evaluate.stage import RealImages, readings
+from train.evaluate.real import RealImages
+from train.evaluate.stage import readings
 from train.experiments.pieces import plain
 from train.experiments.subgroups import DISEASES
 

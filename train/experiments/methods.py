@@ -33,7 +33,8 @@ from train.evaluate.contact_sheet import evenly_spaced
 from train.evaluate.features import independent_space, judge_space
 from train.evaluate.generated import Request, caption_request, generate, grid_request, weights_digest
 from train.evaluate.measure import BASELINE, PromptSet
-from train.evaluate.stage import real_images, training_features
+from train.evaluate.real import real_images
+from train.evaluate.stage import training_features
 from train.experiments.measured import Eyes, measure, threshold_of
 from train.experiments.methods_report import Run, report
 from train.experiments.picture import draw, require_matplotlib
