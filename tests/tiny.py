@@ -209,6 +209,17 @@ def make_domain_folder(path: Path, domain: str, seed: int = 0) -> Path:
     return path
 
 
+def add_few_steps(folder: Path, timesteps: list[int], seed: int = 7) -> None:
+    """Give a model folder an adapter, of random weights, that draws at `timesteps`."""
+    unet, name = make_unet(), "few_steps"
+    add_lora(unet, name, seed)
+    save_lora(unet, folder / "adapters" / name, name, details={"timesteps": timesteps})
+    fields = json.loads((folder / "manifest.json").read_text())
+    for computed in ("files", "format_version", "adapters"):
+        del fields[computed]
+    write_manifest(folder, {**fields, "few_step_adapter": name})
+
+
 def _heads(domain: str) -> list[str]:
     return [head.name for head in get_domain(domain).heads]
 

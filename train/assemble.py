@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
 
@@ -175,8 +176,26 @@ def adapter_source(parts: Parts, name: str) -> str:
     return source
 
 
+def _check_few_steps(parts: Parts) -> None:
+    """Raises InputError when the few-step adapter learnt another guidance than the folder is to have: it would draw
+    other pictures than twenty steps do."""
+    if parts.few_step_adapter is None:
+        return
+    if parts.few_step_adapter not in parts.adapters:
+        raise InputError(f"the few-step adapter {parts.few_step_adapter!r} is not among {', '.join(parts.adapters)}")
+    recipe = json.loads((Path(adapter_source(parts, parts.few_step_adapter)) / "adapter.json").read_text())["recipe"]
+    learnt = Guidance.of_recipe(recipe, 0.0)
+    wanted = Guidance(parts.guidance_scale, parts.guidance_interval, parts.guidance_outside)
+    if learnt != wanted:
+        raise InputError(f"{parts.few_step_adapter!r} learnt the guidance {learnt}; the folder is to have {wanted}")
+
+
 def assemble(parts: Parts, folder: Path) -> None:
-    """Write the model folder `folder` from the parts and describe it in manifest.json and README.md."""
+    """Write the model folder `folder` from the parts and describe it in manifest.json and README.md.
+
+    Raises InputError for a part that is missing or does not fit the others.
+    """
+    _check_few_steps(parts)
     writing = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(writing, ignore_errors=True)
     _copy(parts.pipeline, writing)

@@ -61,11 +61,11 @@ class FewSteps:
     @classmethod
     def of(cls, manifest: Manifest, steps: int, guidance_scale: float) -> FewSteps | None:
         """That of a model folder, where it has one for so many steps at its own guidance scale; else None."""
+        own = float(manifest.recipe.get("guidance_scale", DEFAULT_GUIDANCE_SCALE))
         name = manifest.few_step_adapter
-        if name is None or guidance_scale != float(manifest.recipe.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)):
+        if name is None or steps != manifest.few_steps or guidance_scale != own:
             return None
-        timesteps = tuple(manifest.adapters[name]["timesteps"])
-        return cls(name, timesteps) if steps == len(timesteps) else None
+        return cls(name, tuple(manifest.adapters[name]["timesteps"]))
 
 
 def latent_hw(unet_config: Mapping[str, Any]) -> tuple[int, int]:

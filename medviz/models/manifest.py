@@ -75,6 +75,11 @@ class Manifest:
         return tuple(name for name in self.adapters if name != self.few_step_adapter)
 
     @property
+    def few_steps(self) -> int | None:
+        """In how many steps the few-step adapter draws; None without one."""
+        return None if self.few_step_adapter is None else len(self.adapters[self.few_step_adapter]["timesteps"])
+
+    @property
     def sha256(self) -> str:
         """One sha256 over the names and hashes of all files, those on the Hub included: the identity of the models."""
         records = [*self.files.items(), *(self.hub.files.items() if self.hub else ())]

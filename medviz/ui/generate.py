@@ -102,6 +102,13 @@ class GenerateTab:
         self.galleries = {name: self._build_examples(name) for name in self.domains}
 
     def _build_settings(self, domain: str) -> None:
+        self.live = gr.Checkbox(
+            False,
+            label="Draft while typing",
+            info="In few steps: near to the full picture from the same noise.",
+            visible=few_steps(self.studio, domain) is not None,
+            elem_id="mv-live",
+        )
         self.steps = gr.Slider(MIN_STEPS, MAX_STEPS, DEFAULT_STEPS, step=1, label="Denoising steps", elem_id="mv-steps")
         self.guidance = gr.Slider(
             MIN_GUIDANCE_SCALE,
@@ -139,7 +146,7 @@ class GenerateTab:
         menus = [menu for builder in self.builders.values() for menu in builder.menus]
         request = [self.prompt, self.seed, *menus, self.unknown]
         groups = [*(builder.group for builder in self.builders.values()), *self.galleries.values()]
-        switched = [*request, self.adapter, self.guidance, *groups, *self.panel.outputs]
+        switched = [*request, self.adapter, self.guidance, self.live, *groups, *self.panel.outputs]
         self.domain.input(self._switch_domain, self.domain, switched, **LIGHT)
         self.prompt.blur(self._read_prompt, [self.domain, self.prompt], [*menus, self.unknown], **LIGHT)
         self.dice.click(new_seed, None, self.seed, **LIGHT)
@@ -164,6 +171,17 @@ class GenerateTab:
             api_visibility="private",
         )
         run.then(self._ready, None, buttons, **LIGHT)
+        # whatever changes the prompt, typing or a menu; what is shown already is not drawn again
+        self.prompt.change(
+            self._draft,
+            [self.domain, self.prompt, self.seed, self.live, self.adapter, self.panel.pair],
+            self.panel.outputs,
+            concurrency_id="model",
+            concurrency_limit=1,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            api_visibility="private",
+        )
         self.cancel.click(self._stop, self.panel.pair, [*buttons, *self.panel.outputs], cancels=[run], **LIGHT)
 
     def open_page(self) -> Updates:
@@ -205,6 +223,7 @@ class GenerateTab:
             updates[self.galleries[other]] = gr.update(visible=other == name)
         updates[self.adapter] = gr.update(choices=adapter_choices(self.studio, name), value="")
         updates[self.guidance] = default_guidance_scale(self.studio, name)
+        updates[self.live] = gr.update(visible=few_steps(self.studio, name) is not None)
         if pairs:
             return updates | self.panel.show(pairs[0], STORED)
         return updates | self.panel.show(None, EMPTY)
@@ -254,13 +273,43 @@ class GenerateTab:
     ) -> Iterator[Updates]:
         chosen_seed = seed if keep_seed else new_seed()
         yield {self.seed: chosen_seed}
+        yield from self._compared(domain, prompt, chosen_seed, steps, guidance_scale, adapter, previous, request)
+
+    def _draft(
+        self,
+        domain: str,
+        prompt: str,
+        seed: int,
+        live: bool,
+        adapter: str,
+        previous: Pair | None,
+        request: gr.Request,
+    ) -> Iterator[Updates]:
+        steps = few_steps(self.studio, domain)
+        is_shown = previous is not None and (previous.domain, previous.prompt, previous.seed) == (domain, prompt, seed)
+        if not live or steps is None or not prompt.strip() or is_shown:
+            yield gr.skip()  # a generator that yields nothing would empty the panel
+            return
+        yield from self._compared(domain, prompt, seed, steps, None, adapter, previous, request)
+
+    def _compared(
+        self,
+        domain: str,
+        prompt: str,
+        seed: int,
+        steps: int,
+        guidance_scale: float | None,
+        adapter: str,
+        previous: Pair | None,
+        request: gr.Request,
+    ) -> Iterator[Updates]:
         with telling(), self.runs.running(str(request.session_hash)) as switch:
 
             def compare(on_preview: Callable[[Preview], None]) -> Pair:
                 return self.studio.compare(
                     domain,
                     prompt,
-                    chosen_seed,
+                    seed,
                     steps=steps,
                     guidance_scale=guidance_scale,
                     adapter=adapter,
@@ -303,6 +352,11 @@ def adapter_choices(studio: Studio, domain: str, *, grounding: bool = False) -> 
     default = titles.pop(first or "", None)
     choices = [(f"{default} (default)" if default else "None trained yet", "")]
     return [*choices, *((title, name) for name, title in titles.items()), baseline]
+
+
+def few_steps(studio: Studio, domain: str) -> int | None:
+    """In how many steps a domain can draw a draft; None where it cannot."""
+    return studio.manifest(domain).few_steps if domain in studio.domains() else None
 
 
 def default_guidance_scale(studio: Studio, domain: str) -> float:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from medviz.errors import ModelError
+from medviz.errors import InputError, ModelError
 from medviz.models.manifest import hash_file, read_manifest
 from train.assemble import Parts, assemble
 from train.restore import restore
@@ -94,3 +96,19 @@ def test_a_damaged_model_folder_is_not_restored(folder, parts, tmp_path):
     with pytest.raises(ModelError, match="judge"):
         restore(parts, folder)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_few_step_adapter_must_have_learnt_the_folders_guidance(folder, parts):
+    restore(parts, folder)
+    card = Path(parts.adapters["whole"]) / "adapter.json"
+    details = json.loads(card.read_text())
+    learnt = {"guidance_scale": 2.0, "guidance_interval": [0, 700], "guidance_outside": 0.2}
+    fast = replace(parts, few_step_adapter="whole")
+    card.write_text(json.dumps({**details, "timesteps": [999, 400], "recipe": learnt}))
+    assemble(fast, folder)
+    assert read_manifest(folder).few_step_adapter == "whole"
+    card.write_text(json.dumps({**details, "timesteps": [999, 400], "recipe": {**learnt, "guidance_scale": 3.0}}))
+    with pytest.raises(InputError, match=r"'whole' learnt the guidance 3.*; the folder is to have 2"):
+        assemble(fast, folder)
+    with pytest.raises(InputError, match="'other' is not among weak, whole"):
+        assemble(replace(parts, few_step_adapter="other"), folder)

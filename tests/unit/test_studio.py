@@ -14,11 +14,10 @@ from PIL import Image
 from medviz import Cancelled, InputError, ModelError, Studio, workbench
 from medviz.limits import MAX_PROMPT_CHARS
 from medviz.models import library
-from medviz.models.adapters import save_lora, zero_adapter
-from medviz.models.manifest import write_manifest
+from medviz.models.adapters import zero_adapter
 from medviz.ui.generate import adapter_choices
 from medviz.workbench import brightest_box
-from tests.tiny import ADAPTER, IMAGE_SIZE_PX, add_lora, make_unet
+from tests.tiny import ADAPTER, IMAGE_SIZE_PX, add_few_steps
 
 PROMPTS = {
     "dermatology": "a dermoscopic image with melanoma (MEL) showing hair, ruler",
@@ -121,12 +120,7 @@ def fast(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
     """A studio whose dermatology can draw in two steps."""
     root = tmp_path_factory.mktemp("fast")
     folder = shutil.copytree(model_root / "dermatology", root / "dermatology")
-    unet = make_unet()
-    add_lora(unet, "few_steps", seed=7)
-    save_lora(unet, folder / "adapters" / "few_steps", "few_steps", details={"timesteps": [999, 400]})
-    fields = json.loads((folder / "manifest.json").read_text())
-    kept = {name: value for name, value in fields.items() if name not in ("files", "format_version", "adapters")}
-    write_manifest(folder, {**kept, "few_step_adapter": "few_steps"})
+    add_few_steps(folder, [999, 400])
     return Studio(root, device="cpu")
 
 

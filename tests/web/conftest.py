@@ -12,8 +12,9 @@ from medviz import Studio
 from medviz.domains import DOMAINS
 from medviz.export.examples import write_example
 from medviz.results import TABLES_NAME
+from tests.tiny import add_few_steps
 
-STEPS = 2
+STEPS = 2  # not as many as dermatology's few-step adapter has
 
 
 def free_port() -> int:
@@ -27,6 +28,7 @@ def assets(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like assets/: models, one stored example for dermatology, one report."""
     root = tmp_path_factory.mktemp("assets")
     shutil.copytree(model_root, root / "models")
+    add_few_steps(root / "models" / "dermatology", [999, 500, 200])
     maker = Studio(root / "models", device="cpu")
     prompt = DOMAINS["dermatology"].examples[0].prompt
     write_example(maker.compare("dermatology", prompt, 1, STEPS), root / "examples" / "dermatology" / "01")

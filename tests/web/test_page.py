@@ -167,6 +167,24 @@ def test_menus_write_the_prompt_and_the_prompt_sets_the_menus(page: Page) -> Non
     expect(page.locator("#mv-unknown textarea, #mv-unknown input")).to_have_value(re.compile("quokka"))
 
 
+def test_a_draft_follows_the_prompt_where_the_domain_can_draw_one(page: Page) -> None:
+    prompt, drawn = page.locator("#mv-prompt textarea"), page.locator("#mv-shown textarea")
+    page.get_by_role("button", name="Settings").click()
+    before = shown(page, "aligned")
+    prompt.fill("a dermoscopic image of basal cell carcinoma")
+    page.wait_for_timeout(500)
+    assert shown(page, "aligned") == before  # not asked for yet
+    page.locator("#mv-live input").check()
+    prompt.fill("a dermoscopic image of melanoma")
+    wait_for_change(page, "aligned", before)
+    expect(page.locator("#mv-progress")).to_contain_text("Done in")
+    expect(drawn).to_have_value(re.compile("melanoma.*3 steps"))
+    expect(page.locator("#mv-warnings textarea")).to_have_value(re.compile("Drawn in 3 steps"))
+    page.locator("#mv-domain label", has_text="Radiology").click()
+    expect(page.locator("#mv-live")).to_be_hidden()
+    assert page.failures == []
+
+
 def test_what_a_person_types_is_shown_as_text(page: Page) -> None:
     prompt = page.locator("#mv-prompt textarea")
     set_steps(page, 1)
