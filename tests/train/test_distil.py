@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import sample
 from medviz.models.adapters import load_lora, using_adapter
 from tests import tiny
 from train import checkpoint, distil
+from train.assemble import read_parts
+from train.config import read_recipe
 from train.distil import DistilConfig, DistilLearner, draw_trajectories, student_timesteps
 from train.loop import fit
 
+RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 SMALL = {
     "domain": "dermatology",
     "teacher_steps": 8,
@@ -141,3 +145,12 @@ def test_steps_that_the_teacher_does_not_have_are_refused(base, tmp_path, starts
     config = config_for(base, tmp_path, starts=starts)
     with pytest.raises(InputError, match="starts must rise from 0 and stay below 8"):
         student_timesteps(config, distil.open_pipeline(config.base, "cpu"))
+
+
+@pytest.mark.parametrize("domain", ["dermatology", "radiology"])
+def test_the_recipes_read_and_learn_the_guidance_that_ships(domain, tmp_path) -> None:
+    config = read_recipe(RECIPES / f"distil-{domain}-cpu.yaml", DistilConfig)
+    parts = read_parts(str(RECIPES / f"assemble-{domain}-cpu.yaml"))
+    assert config.domain == domain
+    assert config.base == parts.pipeline
+    assert config.guidance == Guidance(parts.guidance_scale, tuple(parts.guidance_interval), parts.guidance_outside)
