@@ -43,6 +43,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "coarse": {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03},
 }
 SHARD_BYTES = "14MB"
+RAKES = 100  # rounds of iterative proportional fitting: each label's share is right to a thousandth long before
 
 
 @dataclass
@@ -77,10 +78,15 @@ class DiffusionConfig(StageConfig):
     """SOURCE=SHARE of the samples; unnamed sources share the rest by size."""
     rarity_power: float = 0.5
     """Samples are drawn in proportion to (frequency of the image's rarest label) ** -rarity_power; 0: as they come."""
+    label_shares: tuple[str, ...] = ()
+    """LABEL=SHARE of the samples that have it, whatever the two above say. Captions name labels, so what a caption
+    stands for stays as it is; what is drawn more often is learnt sooner."""
     batch: int = 16
     """Images a step."""
     learning_rate: float = 3e-4
     warmup: int = 100
+    decay_steps: int = 0
+    """Steps in which the learning rate falls to nothing (0: `steps`); more leave a stage after this one its rate."""
     caption_dropout: float = 0.1
     min_snr_gamma: float = 5.0
     """0: every timestep keeps its weight, which fine lines need; min-SNR hardly trains the last, nearly clean ones."""
@@ -144,13 +150,15 @@ def denoising_loss(
     return denoised(unet, latents, prompt_embeds, noise, timesteps, schedule, min_snr_gamma).loss
 
 
-def sample_weights(split: Split, shares: tuple[str, ...], rarity_power: float) -> np.ndarray:
-    """How often each image is drawn: its source's share times a power of how rare its rarest label is."""
-    try:
-        wanted = {name: float(share) for name, share in (s.rsplit("=", 1) for s in shares)}
-    except ValueError as error:
-        raise InputError(f"source_shares must read SOURCE=SHARE, found {list(shares)}") from error
-    weights = source_weights(split, wanted)
+def sample_weights(
+    split: Split, shares: tuple[str, ...], rarity_power: float, label_shares: tuple[str, ...] = ()
+) -> np.ndarray:
+    """How often each image is drawn (N,): its source's share times a power of how rare its rarest label is.
+
+    label_shares: then raked until each named label has its share of what is drawn. Raises InputError for shares that
+    do not read NAME=SHARE, of labels that no image or every image has, or outside (0, 1).
+    """
+    weights = source_weights(split, _shares("source_shares", shares))
     domain = get_domain(split.domain)
     present = [[head for head, value in domain.labels(record).items() if value >= 0.5] for record in split.records]
     counts: dict[str, int] = {}
@@ -158,7 +166,24 @@ def sample_weights(split: Split, shares: tuple[str, ...], rarity_power: float) -
         for head in heads:
             counts[head] = counts.get(head, 0) + 1
     rarest = np.array([min((counts[h] for h in heads), default=len(split)) for heads in present])
-    return weights * (rarest / len(split)) ** -rarity_power
+    weights = weights * (rarest / len(split)) ** -rarity_power
+    wanted = _shares("label_shares", label_shares)
+    for label, share in wanted.items():
+        if not 0 < share < 1 or not 0 < counts.get(label, 0) < len(split):
+            raise InputError(f"label_shares cannot give {label!r} {share}: {counts.get(label, 0)} images have it")
+    having = {label: np.array([label in heads for heads in present]) for label in wanted}
+    for _ in range(RAKES if wanted else 0):
+        for label, share in wanted.items():
+            now = weights[having[label]].sum() / weights.sum()
+            weights = weights * np.where(having[label], share / now, (1 - share) / (1 - now))
+    return weights
+
+
+def _shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
+    try:
+        return {name: float(share) for name, share in (text.rsplit("=", 1) for text in texts)}
+    except ValueError as error:
+        raise InputError(f"{option} must read NAME=SHARE, found {list(texts)}") from error
 
 
 class DiffusionLearner:
@@ -173,7 +198,7 @@ class DiffusionLearner:
         self.latents = split_latents(self.vae, train, config.size_px, config.orientations, config.seed, cache)
         self.validation = validation
         self.validation_latents = split_latents(self.vae, validation, config.size_px, 1, config.seed, cache)[0]
-        self.weights = sample_weights(train, config.source_shares, config.rarity_power)
+        self.weights = sample_weights(train, config.source_shares, config.rarity_power, config.label_shares)
         self.tokenizer = CLIPTokenizer.from_pretrained(f"{config.contrastive}/tokenizer")
         text_encoder = CLIPTextModel.from_pretrained(f"{config.contrastive}/text_encoder", dtype=torch.float32)
         self.text_encoder = text_encoder.to(config.device)
@@ -191,7 +216,10 @@ class DiffusionLearner:
             self.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
         self.rates = get_scheduler(
-            "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
+            "cosine",
+            self.optimizer,
+            num_warmup_steps=config.warmup,
+            num_training_steps=config.decay_steps or config.steps,
         )
         self.ema = EMAModel(
             self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True

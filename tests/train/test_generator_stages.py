@@ -306,6 +306,29 @@ def test_sample_weights_give_sources_their_shares_and_favour_rare_labels() -> No
     assert melanoma.min() > nevus.max()
 
 
+def test_sample_weights_give_labels_their_shares() -> None:
+    split = invented_split("train", 12)
+    weights = sample_weights(split, (), 0.5, ("hair=0.8", "melanoma=0.25"))
+    drawn = weights / weights.sum()
+    assert drawn[[r["artefact_hair"] > 0 for r in split.records]].sum() == pytest.approx(0.8, abs=1e-3)
+    assert drawn[[r["diagnosis"] == "mel" for r in split.records]].sum() == pytest.approx(0.25, abs=1e-3)
+    # images that differ in nothing that is named keep their proportion
+    alike = [i for i, r in enumerate(split.records) if r["diagnosis"] == "nv" and r["artefact_hair"] > 0]
+    plain = sample_weights(split, (), 0.5)
+    assert weights[alike] / weights[alike[0]] == pytest.approx(plain[alike] / plain[alike[0]])
+    for wrong in ("hair", "hair=1.0", "ruler=0.5"):
+        with pytest.raises(InputError, match="label_shares"):
+            sample_weights(split, (), 0.5, (wrong,))
+
+
+def test_a_learning_rate_can_fall_over_more_steps_than_a_stage_has(stages, tmp_path) -> None:
+    _, train, validation, diffusion, _ = stages
+    config = replace(diffusion, out=str(tmp_path), steps=2, warmup=0, decay_steps=4)
+    learner = DiffusionLearner(config, train, validation)
+    fit(learner, config)
+    assert learner.rates.get_last_lr() == pytest.approx([config.learning_rate / 2])
+
+
 def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     together = seeding.normal((2, 3), 0, "x", 4, [0, 1, 2])
     alone = seeding.normal((2, 3), 0, "x", 4, [1])
