@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from scipy.special import expit
 from torch import nn
 
@@ -23,6 +21,7 @@ from medviz.errors import InputError
 from medviz.rewards.classifier import last_linear
 from train import augment, calibration, seeding
 from train.architectures import ARCHITECTURES
+from train.averaged import AveragedLearner, round_to_bfloat16
 from train.config import StageConfig, parse
 from train.datasets.split import Split, open_split, source_weights
 from train.loop import fit
@@ -119,7 +118,7 @@ def rarity(targets: np.ndarray, weights: np.ndarray, power: float, most: float) 
     return np.where(positive, factors, 1.0).max(axis=1)
 
 
-class ClassifierLearner:
+class ClassifierLearner(AveragedLearner):
     """Learns a multi-label classifier; see `train.loop.Learner`."""
 
     def __init__(self, config: ClassifierConfig, heads: Sequence[str], train: Examples, validation: Examples) -> None:
@@ -134,25 +133,14 @@ class ClassifierLearner:
         torch.manual_seed(seeding.key(config.seed, "classifier", config.role, "weights"))
         build = ARCHITECTURES[config.architecture]
         model = build(len(heads), config.width, config.depth, config.dropout, config.size_px)
-        self.model = model.to(config.device, memory_format=torch.channels_last)
+        model.to(config.device, memory_format=torch.channels_last)
         pixels = train.images[:: max(1, len(train) // 512)].reshape(-1, 3) / 255.0
-        self.mean, self.std = pixels.mean(axis=0), pixels.std(axis=0) + 1e-3
+        names = ("classifier", config.role)
+        super().__init__(config, names, model, pixels.mean(axis=0), pixels.std(axis=0) + 1e-3)
         drawn = train.weights * (train.sampling / train.sampling.sum())[:, None]
         positives, negatives = (drawn * train.targets).sum(axis=0), (drawn * (1 - train.targets)).sum(axis=0)
         odds = np.sqrt(np.maximum(negatives, 1e-9) / np.maximum(positives, 1e-9))
         self.positive_weight = torch.from_numpy(np.clip(odds, 1, 4).astype(np.float32)).to(config.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.schedule = get_scheduler(
-            "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
-        )
-        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay)
-
-    def pixels(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 (B, S, S, 3) as the network reads it: float32 (B, 3, S, S), standardised."""
-        scaled = (images.astype(np.float32) / 255.0 - self.mean.astype(np.float32)) / self.std.astype(np.float32)
-        return torch.from_numpy(scaled).to(self.config.device).permute(0, 3, 1, 2)
 
     def batch(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
         """Changed images of `step` as the network reads them, and which they are."""
@@ -165,40 +153,16 @@ class ClassifierLearner:
             changed.append(augment.draw(changes, config.size_px, rng).image(self.train.images[row]))
         return self.pixels(np.stack(changed)), rows
 
-    def update(self, step: int) -> dict[str, float]:
-        torch.manual_seed(seeding.key(self.config.seed, "classifier", self.config.role, "dropout", step))
-        pixels, rows = self.batch(step)
+    def loss(self, pixels: torch.Tensor, known: np.ndarray) -> torch.Tensor:
         device = self.config.device
-        targets, weights = (torch.from_numpy(a[rows]).to(device) for a in (self.train.targets, self.train.weights))
-        logits = self.model.train()(pixel_values=pixels).logits
+        targets, weights = (torch.from_numpy(a[known]).to(device) for a in (self.train.targets, self.train.weights))
+        logits = self.model(pixel_values=pixels).logits
         losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive_weight, reduction="none")
-        loss = (losses * weights).sum() / weights.sum().clamp(min=1e-6)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.ema.step(self.model.parameters())
-        return {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ema": self.ema.state_dict(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.ema.load_state_dict(state["ema"])
+        return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Average, choose heads, calibrate, write; returns the figures of every head, those left out too."""
-        self.ema.copy_to(self.model.parameters())
-        renormalise(self.model, [self.batch(self.config.steps + extra)[0] for extra in range(16)])
+        self.average()
         round_to_bfloat16(self.model)
         figures, dropped = self._screen(self._logits())
         kept = [head for head in self.heads if head not in dropped]
@@ -295,30 +259,6 @@ class ClassifierLearner:
             "metrics": measured,
         }
         return card, measured
-
-
-def renormalise(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
-    """Measure the running statistics of every batch normalisation anew, for weights that were averaged."""
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a plain average over all batches
-    model.train()
-    with torch.no_grad():
-        for batch in batches:
-            model(pixel_values=batch)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.eval()
-
-
-def round_to_bfloat16(model: nn.Module) -> None:
-    """Give every weight the value it is shipped with, so that figures are those of what ships."""
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.bfloat16().float())
 
 
 def main(arguments: list[str]) -> None:

@@ -15,16 +15,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from scipy.stats import bootstrap
-from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from medviz.errors import InputError
 from medviz.grounding.anatomy import BACKGROUND, LESION, LUNGS, regions_of
 from train import augment, seeding
-from train.classifier import renormalise, round_to_bfloat16
+from train.averaged import AveragedLearner, round_to_bfloat16
 from train.config import StageConfig, parse
 from train.datasets.split import Split, boxes, open_split
 from train.loop import fit
@@ -144,8 +141,10 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, dice_weight: f
     return cross_entropy + dice_weight * (1 - dice.mean())
 
 
-class SegmenterLearner:
+class SegmenterLearner(AveragedLearner):
     """Learns a small SegFormer; see `train.loop.Learner`."""
+
+    max_grad_norm = 1.0
 
     def __init__(self, config: SegmenterConfig, train: Masks, validation: Masks, others: Masks | None = None) -> None:
         """others: validation images without masks, on which only plausibility can be measured.
@@ -161,7 +160,7 @@ class SegmenterLearner:
         torch.manual_seed(seeding.key(config.seed, "segmenter", "weights"))
         # Attention heads of 32 channels, or one where that does not divide.
         heads = [size // 32 if size % 32 == 0 else 1 for size in config.hidden_sizes]
-        self.model = SegformerForSemanticSegmentation(
+        model = SegformerForSemanticSegmentation(
             SegformerConfig(
                 hidden_sizes=list(config.hidden_sizes),
                 depths=list(config.depths),
@@ -175,20 +174,8 @@ class SegmenterLearner:
             )
         ).to(config.device)
         pixels = train.images[:: max(1, len(train.images) // 512)].reshape(-1, 3) / 255.0
-        self.mean, self.std = pixels.mean(axis=0), pixels.std(axis=0) + 1e-3
+        super().__init__(config, ("segmenter",), model, pixels.mean(axis=0), pixels.std(axis=0) + 1e-3)
         self.sampling = sampling_weights(train.sources, config.source_shares)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.schedule = get_scheduler(
-            "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
-        )
-        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay)
-
-    def pixels(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 (B, S, S, 3) as the network reads it: float32 (B, 3, S, S), standardised."""
-        scaled = (images.astype(np.float32) / 255.0 - self.mean.astype(np.float32)) / self.std.astype(np.float32)
-        return torch.from_numpy(scaled).to(self.config.device).permute(0, 3, 1, 2).contiguous()
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Changed images of `step` as the network reads them, and their labels uint8 (B, S, S)."""
@@ -201,38 +188,14 @@ class SegmenterLearner:
             change = augment.draw(changes, config.size_px, rng)
             images.append(change.image(self.train.images[row]))
             labels.append(change.labels(self.train.labels[row], swapped))
-        return self.pixels(np.stack(images)), torch.from_numpy(np.stack(labels)).to(config.device)
+        return self.pixels(np.stack(images)).contiguous(), torch.from_numpy(np.stack(labels)).to(config.device)
 
-    def update(self, step: int) -> dict[str, float]:
-        torch.manual_seed(seeding.key(self.config.seed, "segmenter", "dropout", step))
-        pixels, labels = self.batch(step)
-        loss = segmentation_loss(self.model.train()(pixel_values=pixels).logits, labels, self.config.dice_weight)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.ema.step(self.model.parameters())
-        return {"loss": loss.item(), "grad_norm": norm.item()}
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ema": self.ema.state_dict(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.ema.load_state_dict(state["ema"])
+    def loss(self, pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        return segmentation_loss(self.model(pixel_values=pixels).logits, known, self.config.dice_weight)
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write the averaged weights and classes.json; returns Dice on validation images."""
-        self.ema.copy_to(self.model.parameters())
-        renormalise(self.model, [self.batch(self.config.steps + extra)[0] for extra in range(16)])
+        self.average()
         round_to_bfloat16(self.model)
         figures = self.figures()
         card = {

@@ -11,7 +11,8 @@ from medviz.errors import InputError
 from medviz.rewards.classifier import AttributeClassifier
 from train import augment
 from train.architectures import ARCHITECTURES
-from train.classifier import ClassifierConfig, ClassifierLearner, Examples, rarity, read_examples, renormalise
+from train.averaged import renormalise
+from train.classifier import ClassifierConfig, ClassifierLearner, Examples, rarity, read_examples
 from train.config import read_recipe
 from train.loop import fit
 
