@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow           also the slow tests"
 	@echo "make test-gpu            the tests at Stable Diffusion's size, on a machine with a CUDA card"
 	@echo "make check               ruff, format, types"
-	@echo "make bench               our reinforcement learning beside TRL's DDPO, half an hour on two idle cores, the minutes of compiling included"
+	@echo "make bench               our reinforcement learning beside TRL's DDPO, a quarter of an hour on two idle cores, minutes of compiling included"
 	@echo "make experiments         methods at one budget, synthetic pictures as augmentation, anatomy: three hours on two idle cores"
 	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
