@@ -110,7 +110,9 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
     tokenizer = models.loaded.pipeline.tokenizer
     words, warnings = read(models, request.prompt)
     if request.adapter is None:
-        none = "No adapter was chosen" if models.loaded.manifest.adapters else "This domain has no aligned adapter yet"
+        none = (
+            "No adapter was chosen" if models.loaded.manifest.selectable else "This domain has no aligned adapter yet"
+        )
         warnings.append(f"{none}: both sides show the baseline.")
     if few_steps := models.few_steps(request):
         warnings.append(

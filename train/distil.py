@@ -95,6 +95,12 @@ def student_timesteps(config: DistilConfig, pipeline: StableDiffusionPipeline) -
     return [int(scheduler.timesteps[i]) for i in starts]
 
 
+def _check(config: DistilConfig) -> None:
+    for name, least in (("trajectories", 1), ("held_out", 2), ("batch", 1), ("draw_batch", 1), ("rank", 1)):
+        if getattr(config, name) < least:
+            raise InputError(f"{name} must be at least {least}, found {getattr(config, name)}")
+
+
 def captions_of(config: DistilConfig, count: int) -> tuple[str, ...]:
     """A caption of an invented record for each of `count` trajectories; the domain's fixed prompts are among them."""
     domain, found = get_domain(config.domain), []
@@ -152,6 +158,7 @@ class DistilLearner:
     """Learns the adapter; see `train.loop.Learner`."""
 
     def __init__(self, config: DistilConfig, pipeline: StableDiffusionPipeline, cache: Path) -> None:
+        _check(config)
         self.config, self.pipeline = config, pipeline
         self.timesteps = student_timesteps(config, pipeline)
         self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))

@@ -220,6 +220,8 @@ def _check_names(manifest: Manifest, path: Path) -> None:
 def _check_few_steps(manifest: Manifest, path: Path) -> None:
     if manifest.few_step_adapter is None:
         return
+    if manifest.few_step_adapter in (manifest.default_adapter, manifest.grounding_adapter):
+        raise ModelError(f"{path}: the few-step adapter {manifest.few_step_adapter!r} cannot be the default one, too")
     timesteps = manifest.adapters[manifest.few_step_adapter].get("timesteps")
     whole = isinstance(timesteps, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in timesteps)
     if not whole or not timesteps or min(timesteps) < 0 or timesteps != sorted(set(timesteps), reverse=True):

@@ -171,17 +171,18 @@ class GenerateTab:
             api_visibility="private",
         )
         run.then(self._ready, None, buttons, **LIGHT)
-        # whatever changes the prompt, typing or a menu; what is shown already is not drawn again
-        self.prompt.change(
-            self._draft,
-            [self.domain, self.prompt, self.seed, self.live, self.adapter, self.panel.pair],
-            self.panel.outputs,
-            concurrency_id="model",
-            concurrency_limit=1,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        if any(few_steps(self.studio, name) is not None for name in self.domains):
+            # whatever changes the prompt, typing or a menu; what is shown already is not drawn again
+            self.prompt.change(
+                self._draft,
+                [self.domain, self.prompt, self.seed, self.live, self.adapter, self.panel.pair],
+                self.panel.outputs,
+                concurrency_id="model",
+                concurrency_limit=1,
+                trigger_mode="always_last",
+                show_progress="hidden",
+                api_visibility="private",
+            )
         self.cancel.click(self._stop, self.panel.pair, [*buttons, *self.panel.outputs], cancels=[run], **LIGHT)
 
     def open_page(self) -> Updates:

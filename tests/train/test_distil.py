@@ -147,6 +147,13 @@ def test_steps_that_the_teacher_does_not_have_are_refused(base, tmp_path, starts
         student_timesteps(config, distil.open_pipeline(config.base, "cpu"))
 
 
+@pytest.mark.parametrize("wrong", [{"held_out": 1}, {"trajectories": 0}, {"rank": 0}])
+def test_options_that_leave_nothing_to_learn_or_measure_are_refused(base, cache, tmp_path, wrong) -> None:
+    (name,) = wrong
+    with pytest.raises(InputError, match=f"{name} must be at least"):
+        learner(config_for(base, tmp_path, **wrong), cache)
+
+
 @pytest.mark.parametrize("domain", ["dermatology", "radiology"])
 def test_the_recipes_read_and_learn_the_guidance_that_ships(domain, tmp_path) -> None:
     config = read_recipe(RECIPES / f"distil-{domain}-cpu.yaml", DistilConfig)

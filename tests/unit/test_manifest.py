@@ -99,7 +99,8 @@ def test_a_file_that_is_not_listed_is_refused(folder: Path, name: str) -> None:
         ({"default_adapter": "anatomy"}, "'anatomy' is not among the adapters \\(attribute\\)"),
         ({"grounding_adapter": "anatomy"}, "the grounding adapter 'anatomy' is not among the adapters"),
         ({"few_step_adapter": "fast"}, "the few-step adapter 'fast' is not among the adapters"),
-        ({"few_step_adapter": "attribute"}, "'attribute' needs falling timesteps, found None"),
+        ({"few_step_adapter": "attribute"}, "'attribute' cannot be the default one, too"),
+        ({"few_step_adapter": "attribute", "default_adapter": None}, "'attribute' needs falling timesteps, found None"),
         (
             {"adapters": {"fast": {"timesteps": [200, 400]}}, "default_adapter": None, "few_step_adapter": "fast"},
             "needs falling timesteps, found \\[200, 400\\]",

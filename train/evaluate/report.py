@@ -111,7 +111,7 @@ def histories(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob("history-*.json")):
         entries = history.read(path)
-        shown = history.alike(entries, entries[-1])
+        shown = history.alike(entries, entries[-1]) if entries else []
         if len(shown) < 2:
             continue
         figures = shown[-1]["figures"]
