@@ -36,10 +36,12 @@ from medviz.generation.sampling import (
 )
 from medviz.models.manifest import hash_file
 from train import seeding
+from train.adversary import Adversary
 from train.compiling import compiled_forward
 from train.config import GuidedConfig, parse
 from train.evaluate.statistics import mean_interval
 from train.loop import fit
+from train.real_latents import RealLatentsConfig, open_real_latents
 from train.rl.policy import LoraPolicy
 from train.rl.trainer import open_pipeline
 
@@ -47,10 +49,10 @@ STAGE = "distil"
 
 
 @dataclass
-class DistilConfig(GuidedConfig):
-    """Options of the distil stage. Guidance is the teacher's, and becomes the student's own."""
+class DistilConfig(RealLatentsConfig, GuidedConfig):
+    """Options of the distil stage. Guidance is the teacher's, and becomes the student's own. Real latents are read for
+    the adversary alone."""
 
-    domain: str = "dermatology"
     base: str = "runs/longer-dermatology-cpu/model"
     """Pipeline folder: teacher and, with the adapter, student."""
     adapter: str = "few_steps"
@@ -72,6 +74,13 @@ class DistilConfig(GuidedConfig):
     warmup: int = 100
     average_decay: float = 0.995
     """Of the running average of the adapter, which is exported."""
+    adversarial_weight: float = 0.0
+    """Of a discriminator's opinion of what is finished, beside the distance from the teacher; 0: none."""
+    adversary_learning_rate: float = 2e-4
+    adversary_penalty: float = 1.0
+    """Weight of its gradient penalties."""
+    adversary_alone: int = 200
+    """First steps, in which it learns and is not yet heeded."""
     compile: bool = False
     """Compile the UNet, for minutes at first: see `train.compiling`."""
 
@@ -182,8 +191,23 @@ class DistilLearner:
         if config.compile:
             pipeline.unet.forward = compiled_forward(pipeline.unet)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
+        self.adversary = self._adversary()
         levels = [signal_and_noise_level(pipeline.scheduler, t) for t in self.timesteps]
         self.levels = [(float(signal), float(noise)) for signal, noise in levels] + [(1.0, 0.0)]
+
+    def _adversary(self) -> Adversary | None:
+        config = self.config
+        if not config.adversarial_weight:
+            return None
+        real = open_real_latents(config, self.pipeline)
+        return Adversary(
+            real.latents,
+            real.weights,
+            seed=config.seed,
+            device=config.device,
+            learning_rate=config.adversary_learning_rate,
+            penalty=config.adversary_penalty,
+        )
 
     def update(self, step: int) -> dict[str, float]:
         config = self.config
@@ -198,14 +222,18 @@ class DistilLearner:
         for number in range(len(self.timesteps)):
             arrived = self._step(number, latents, rows)
             error = self._error(number, arrived, rows)
-            (error.mean() / len(self.timesteps)).backward()
+            loss = error.mean() / len(self.timesteps)
+            if self.adversary and number + 1 == len(self.timesteps) and step >= config.adversary_alone:
+                loss = loss + config.adversarial_weight * self.adversary.loss(arrived, step)
+            loss.backward()
             errors.append(error.mean().item())
             latents = arrived.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         self.policy.average(min(config.average_decay, (step + 1) / (step + 10)))
+        told = self.adversary.update(latents, step) if self.adversary else {}
         by_step = {f"error/t{t:04d}": error for t, error in zip(self.timesteps, errors, strict=True)}
-        return {"loss": float(np.mean(errors)), "grad_norm": norm.item(), **by_step}
+        return {"loss": float(np.mean(errors)), "grad_norm": norm.item(), **by_step, **told}
 
     def _step(self, number: int, latents: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Where the student's step `number` takes `latents` (B, C, h, w): one pass, one DDIM step without noise."""
@@ -229,12 +257,15 @@ class DistilLearner:
             "policy": self.policy.weights(self.policy.name),
             "average": self.policy.weights(self.policy.behaviour),
             "optimizer": self.optimizer.state_dict(),
+            **({"adversary": self.adversary.state()} if self.adversary else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.policy.set_weights(self.policy.behaviour, state["average"])
         self.policy.set_weights(self.policy.name, state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.adversary:
+            self.adversary.load_state(state["adversary"])
 
     def held_out_errors(self) -> dict[str, np.ndarray]:
         """Root mean squared distance (H,) of pixels in [0, 255] from the teacher's pictures of held-out noises.

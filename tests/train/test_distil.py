@@ -11,6 +11,7 @@ from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import sample
 from medviz.models.adapters import load_lora, using_adapter
 from tests import tiny
+from tests.train.test_evaluate_stage import write_split
 from train import checkpoint, distil
 from train.assemble import read_parts
 from train.config import read_recipe
@@ -122,10 +123,25 @@ def test_the_student_comes_nearer_and_the_generator_stays(base, cache, tmp_path)
     torch.testing.assert_close(read, kept, atol=1e-4, rtol=1e-3)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(base, cache, tmp_path) -> None:
-    config = config_for(base, tmp_path / "whole")
+@pytest.fixture
+def with_adversary(tmp_path, monkeypatch) -> dict[str, object]:
+    write_split(tmp_path / "images/dermatology", "train", 12, seed=4)
+    monkeypatch.setenv("MEDVIZ_DATA", str(tmp_path / "images"))
+    return {
+        "adversarial_weight": 0.5,
+        "adversary_alone": 1,
+        "orientations": 2,
+        "size_px": 64,
+        "latents": str(tmp_path / "latents"),
+    }
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(base, cache, tmp_path, with_adversary, adversarial) -> None:
+    options = with_adversary if adversarial else {}
+    config = config_for(base, tmp_path / "whole", **options)
     fit(learner(config, cache), config)
-    stopped = config_for(base, tmp_path / "stopped", checkpoint_every_s=0.0)
+    stopped = config_for(base, tmp_path / "stopped", checkpoint_every_s=0.0, **options)
     half = learner(stopped, cache)
     states = []
     for step in range(2):
@@ -135,9 +151,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, cache, tmp_path) -> None:
     resumed = replace(stopped, resume=True)
     fit(learner(resumed, cache), resumed)
     (_, one), (_, other) = (checkpoint.load(tmp_path / name) for name in ("whole", "stopped"))
-    for part in ("policy", "average"):
-        assert one[part].keys() == other[part].keys()
-        assert all(torch.equal(weight, other[part][name]) for name, weight in one[part].items())
+    parts = [one["policy"], one["average"], *([one["adversary"]["network"]] if adversarial else [])]
+    others = [other["policy"], other["average"], *([other["adversary"]["network"]] if adversarial else [])]
+    for part, same in zip(parts, others, strict=True):
+        assert part.keys() == same.keys()
+        assert all(torch.equal(weight, same[name]) for name, weight in part.items())
+
+
+def test_the_adversary_is_heeded_once_it_has_learnt_alone(base, cache, tmp_path, with_adversary) -> None:
+    alone = learner(config_for(base, tmp_path / "a"), cache)
+    watched = learner(config_for(base, tmp_path / "b", **with_adversary), cache)
+
+    def weights(made: DistilLearner) -> torch.Tensor:
+        return torch.cat([weight.detach().flatten() for weight in made.policy.parameters()])
+
+    figures = [made.update(0) for made in (alone, watched)]
+    assert torch.equal(weights(alone), weights(watched))
+    assert figures[1].keys() - figures[0].keys() == {"adversary", "told_apart"}
+    for made in (alone, watched):
+        made.update(1)
+    assert not torch.equal(weights(alone), weights(watched))
 
 
 @pytest.mark.parametrize("starts", [(), (1, 3), (0, 3, 3), (0, 8)])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from medviz.errors import InputError
 from train.config import GuidedConfig
+from train.real_latents import RealLatentsConfig
 from train.rl.advantages import ADVANTAGES
 from train.rl.objectives import Objective, get_objective
 from train.rl.policy import STARTS
@@ -16,10 +17,9 @@ KEPT = ("best", "newest")
 
 
 @dataclass
-class RlConfig(GuidedConfig):
+class RlConfig(RealLatentsConfig, GuidedConfig):
     """Options of the rl stage. `steps` counts epochs, each one rollout and `updates` optimiser steps."""
 
-    domain: str = "dermatology"
     base: str = ""
     """Folder of the fine-tuned pipeline to align."""
     reward: str = ""
@@ -42,20 +42,6 @@ class RlConfig(GuidedConfig):
     """Captions drawn anew each epoch, in turn."""
     judge: str = ""
     """Folder of the classifier that only looks on."""
-    autoencoder: str = ""
-    """Folder of the autoencoder whose latents of real images the anchor uses; empty: the base's own."""
-    latents: str = "runs/latents"
-    """Folder in which latents are kept; those of the diffusion stage with the same autoencoder are found there."""
-    latents_seed: int = 0
-    """Seed of the diffusion run whose latents these are."""
-    size_px: int = 128
-    """Side of the images the latents were made of."""
-    orientations: int = 1
-    """Orientations of each real image, as in the diffusion recipe."""
-    source_shares: tuple[str, ...] = ()
-    """SOURCE=SHARE of the real images, as in the diffusion recipe."""
-    rarity_power: float = 0.5
-    """How much rare labels are favoured among the real images, as in the diffusion recipe."""
     adapter: str = "attribute"
     """Name of the exported adapter."""
     title: str = "Attribute reward"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from medviz.domains import get_domain
 from medviz.domains.base import Domain, ParsedPrompt
@@ -26,11 +26,10 @@ from train import processes, seeding
 from train.classifier import HALVES
 from train.compiling import compiled_forward
 from train.config import parse
-from train.datasets.latents import split_latents
 from train.datasets.split import open_split
-from train.diffusion import sample_weights
 from train.evaluate.features import FeatureSpace
 from train.loop import fit
+from train.real_latents import open_real_latents
 from train.rl.learner import RlLearner
 from train.rl.looking import RealImages
 from train.rl.recipe import RlConfig, rewards_of, uses_likeness
@@ -105,16 +104,14 @@ def open_judge(config: RlConfig) -> Judge:
 
 def open_anchor(config: RlConfig, pipeline: StableDiffusionPipeline, domain: Domain) -> Anchor:
     """The anchor on the domain's training images, drawn as the diffusion stage draws them."""
-    split = open_split(config.domain, "train")
-    vae = AutoencoderTiny.from_pretrained(config.autoencoder).eval() if config.autoencoder else pipeline.vae
-    latents = split_latents(vae, split, config.size_px, config.orientations, config.latents_seed, Path(config.latents))
+    real = open_real_latents(config, pipeline)
     return Anchor(
-        latents=latents,
-        caption=lambda i, rng: domain.caption(split.records[i], rng),
+        latents=real.latents,
+        caption=lambda i, rng: domain.caption(real.split.records[i], rng),
         embed=lambda captions: encode_prompts(pipeline, captions).cond,
         schedule=DDPMScheduler.from_config(pipeline.scheduler.config),
         seed=config.seed,
-        weights=sample_weights(split, config.source_shares, config.rarity_power),
+        weights=real.weights,
         min_snr_gamma=config.min_snr_gamma,
     )
 
