@@ -101,6 +101,8 @@ class Parts:
     """The adapter that phrases are looked for with in an uploaded image; None: the default one."""
     few_step_adapter: str | None = None
     """The adapter that draws in few steps; None: there is none."""
+    tells: tuple[str, ...] = ()
+    """What gives the pictures away beside real ones, a sentence each, as seen by eye on the sheets."""
     adapter_strengths: dict[str, float] = field(default_factory=dict)
     """Share of an adapter's change of the weights that ships, above 0 and at most 1; unnamed: all of it. Chosen on
     validation images, as the guidance scale is: more pleases the judge, and takes pictures farther from real ones."""
@@ -241,6 +243,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             "default_adapter": parts.default_adapter,
             "grounding_adapter": parts.grounding_adapter,
             "few_step_adapter": parts.few_step_adapter,
+            "tells": list(parts.tells),
         },
     )
     write_card(writing)

@@ -81,6 +81,8 @@ class DistilConfig(RealLatentsConfig, GuidedConfig):
     """Weight of its gradient penalties."""
     adversary_alone: int = 200
     """First steps, in which it learns and is not yet heeded."""
+    bf16: bool = False
+    """The student's passes in bf16 by autocast; weights, optimiser and losses stay fp32."""
     compile: bool = False
     """Compile the UNet, for minutes at first: see `train.compiling`."""
 
@@ -185,7 +187,7 @@ class DistilLearner:
             alpha=config.lora_alpha,
             convolutions=config.lora_convolutions,
             averaged=True,
-            folded=True,
+            folded=not config.bf16,
             seed=config.seed,
         )
         if config.compile:
@@ -239,8 +241,9 @@ class DistilLearner:
         """Where the student's step `number` takes `latents` (B, C, h, w): one pass, one DDIM step without noise."""
         embeds = self.embeds[self.text_of[rows]].to(latents.device)
         timestep = torch.full((len(rows),), self.timesteps[number], device=latents.device)
-        prediction = self.pipeline.unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
-        seen = split_prediction(self.pipeline.scheduler, prediction, latents, float(self.timesteps[number]))
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.config.bf16):
+            prediction = self.pipeline.unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        seen = split_prediction(self.pipeline.scheduler, prediction.float(), latents, float(self.timesteps[number]))
         signal, noise = self.levels[number + 1]
         return signal * seen.x0 + noise * seen.noise
 

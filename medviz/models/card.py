@@ -1,4 +1,4 @@
-"""The model card (README.md) of a model folder, written from its manifest.json and heads.json alone."""
+"""The model card (README.md) of a model folder, written from its manifest.json, heads.json and what was measured."""
 
 import json
 import math
@@ -25,8 +25,14 @@ _LIMITS = """\
 - Do not train or test clinical software on these images without real ones beside them."""
 
 
-def model_card(manifest: Manifest, classifiers: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Return the card's Markdown. classifiers: role ("rewards/attribute", "judge") -> its heads.json."""
+def model_card(
+    manifest: Manifest, classifiers: Mapping[str, Mapping[str, Any]] | None = None, measured: str | None = None
+) -> str:
+    """Return the card's Markdown.
+
+    classifiers: role ("rewards/attribute", "judge") -> its heads.json; measured: Markdown of what was measured on
+    pictures of these models.
+    """
     parts = [
         _front_matter(manifest),
         f"# {_cell(manifest.domain).capitalize()}: synthetic images from text",
@@ -34,21 +40,30 @@ def model_card(manifest: Manifest, classifiers: Mapping[str, Mapping[str, Any]] 
         f"preset `{_cell(manifest.preset) or NOT_COMPUTED}`.",
         "## Use",
         _USE,
+        "## What gives its pictures away",
+        _tells(manifest.tells),
         "## Adapters",
-        _adapters(manifest),
+        _table(
+            ("adapter", "what it was trained for", "objective", "what the judge gained", "default for"),
+            _adapters(manifest),
+        ),
+        "The judge's gain is in its mean margin on validation prompts, at the end of training, by the whole change. "
+        "Each adapter's recipe and all its figures are in its `adapter.json`.",
+        "## Measured",
+        measured or NOT_COMPUTED.capitalize() + ".",
+        "## Limits",
+        _LIMITS,
         "## Training images and their licences",
         _table(("source", "licence", "citation"), _sources(manifest.data)),
         f"The weights are released under {LICENCE}: they learned from images that are licensed for non-commercial use.",
         "## Training",
-        _table(("setting", "value"), _settings(manifest)),
-        "## Figures",
-        _table(("figure", "value", "95 % interval", "n"), _figures(manifest.metrics)),
+        _table(("stage", "recipe", "steps", "minutes", "seed", "figures"), _stages(manifest)),
+        _table(("drawn with", "value"), _settings(manifest)),
         *_classifier_parts(classifiers or {}),
-        "## Limits",
-        _LIMITS,
         "## Files",
         f"{len(manifest.files)} files, {sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB. "
-        f"manifest.json holds the sha256 of each; all of them together have the sha256 `{manifest.sha256}`.",
+        f"manifest.json holds the sha256 of each, and every figure; all files together have the sha256 "
+        f"`{manifest.sha256}`.",
     ]
     if manifest.hub is not None:
         parts.append(
@@ -58,18 +73,18 @@ def model_card(manifest: Manifest, classifiers: Mapping[str, Mapping[str, Any]] 
     return "\n\n".join(parts) + "\n"
 
 
-def folder_card(folder: Path) -> str:
+def folder_card(folder: Path, measured: str | None = None) -> str:
     """Return the card of a model folder from its manifest.json and heads.json files; ModelError as read_manifest."""
     folder = Path(folder)
     heads = [*sorted(folder.glob("rewards/*/heads.json")), *folder.glob("judge/heads.json")]
     classifiers = {path.parent.relative_to(folder).as_posix(): read_json(path) for path in heads}
-    return model_card(read_manifest(folder), classifiers)
+    return model_card(read_manifest(folder), classifiers, measured)
 
 
-def write_card(folder: Path) -> Path:
+def write_card(folder: Path, measured: str | None = None) -> Path:
     """Write folder_card to README.md in the model folder; return its path."""
     path = Path(folder) / CARD_NAME
-    path.write_text(folder_card(folder), encoding="utf-8")
+    path.write_text(folder_card(folder, measured), encoding="utf-8")
     return path
 
 
@@ -87,34 +102,56 @@ def _front_matter(manifest: Manifest) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _adapters(manifest: Manifest) -> str:
+def _tells(tells: Sequence[str]) -> str:
+    if not tells:
+        return "Not written down yet."
+    told = "\n".join(f"- {_cell(tell)}" for tell in tells)
+    return f"Seen by eye, class by class, beside real images:\n\n{told}"
+
+
+def _adapters(manifest: Manifest) -> list[tuple[Any, ...]]:
     uses = {
         "drawing": manifest.default_adapter,
         "grounding": manifest.grounding_adapter or manifest.default_adapter,
         "few steps": manifest.few_step_adapter,
     }
-    rows = [
-        (f"`{name}`", details.get("title"), ", ".join(use for use, which in uses.items() if which == name))
-        for name, details in manifest.adapters.items()
-    ]
-    tables = [_table(("adapter", "what it was trained for", "default for"), rows)]
+    rows = []
     for name, details in manifest.adapters.items():
-        if details.get("recipe"):
-            tables.append(f"Recipe of `{name}`:")
-            tables.append(_table(("setting", "value"), _leaves(details["recipe"])))
-        if details.get("metrics"):
-            tables.append(f"Figures of `{name}`:")
-            tables.append(_table(("figure", "value", "95 % interval", "n"), _figures(details["metrics"])))
-    return "\n\n".join(tables)
+        gain = details.get("metrics", {}).get("judge_gain") or {}
+        interval = _interval(gain)
+        gained = f"{_cell(gain['value'])} ({interval}, n {gain.get('n')})" if gain and interval else ""
+        objective = details.get("recipe", {}).get("objective", "")
+        used = ", ".join(use for use, which in uses.items() if which == name)
+        rows.append((f"`{name}`", details.get("title"), objective, gained, used))
+    return rows
 
 
 def _sources(sources: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     return [(source.get("source"), source.get("licence"), source.get("citation")) for source in sources]
 
 
-def _settings(manifest: Manifest) -> list[tuple[Any, ...]]:
-    groups = {"recipe": manifest.recipe, "cost": manifest.training_cost, "seed": manifest.seeds}
-    return [(f"{group}: {name}", value) for group, values in groups.items() for name, value in _leaves(values)]
+def _stages(manifest: Manifest) -> list[tuple[Any, ...]]:
+    """A row a stage that says what it cost, with those of its figures that are plain numbers."""
+    rows = []
+    for stage, cost in manifest.training_cost.items():
+        seconds = cost.get("seconds")
+        known = {"steps", "trained_s", "seed"}
+        figures = manifest.metrics.get(stage) or {}
+        shown = [
+            f"{name.replace('_', ' ')} {_cell(value)}"
+            for name, value in figures.items()
+            if name not in known and isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        minutes = None if seconds is None else round(seconds / 60, 1)
+        recipe = f"`{manifest.recipe[stage]}`" if stage in manifest.recipe else ""
+        rows.append((stage, recipe, cost.get("steps"), minutes, manifest.seeds.get(stage), "; ".join(shown)))
+    return rows
+
+
+def _settings(manifest: Manifest) -> list[tuple[str, Any]]:
+    return [
+        (name.replace("_", " "), value) for name, value in manifest.recipe.items() if name not in manifest.training_cost
+    ]
 
 
 def _classifier_parts(classifiers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -135,44 +172,9 @@ def _classifier_parts(classifiers: Mapping[str, Mapping[str, Any]]) -> Iterator[
         yield _table(("head", "AUROC", "95 % interval", "accuracy", "calibration error", "n"), rows)
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows of the nested figures; a leaf is a number, None, or a mapping with `value`, its interval and `n`.
-
-    A list holds figures as train.evaluate writes them: see _evaluated.
-    """
-    rows: list[tuple[Any, ...]] = []
-    for name, value in metrics.items():
-        if isinstance(value, Mapping) and "value" in value:
-            rows.append((name, value["value"], _interval(value), value.get("n")))
-        elif isinstance(value, Mapping):
-            rows.extend((f"{name} {inner[0]}", *inner[1:]) for inner in _figures(value))
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            rows.extend(row for item in value for row in _evaluated(item))
-        else:
-            rows.append((name, value, "", ""))
-    return rows
-
-
-def _evaluated(figure: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows of one figure of train.evaluate: of real images, of the baseline, and value and change of every adapter."""
-    sides = {side: figure[side] for side in ("real", "baseline") if side in figure}
-    for name, sizes in figure.get("adapters", {}).items():
-        sides |= {f"`{name}`": sizes.get("value"), f"`{name}` against the baseline": sizes.get("change")}
-    return _figures({str(figure.get("label") or figure.get("name")): sides})
-
-
 def _interval(figure: Mapping[str, Any]) -> str | None:
     low, high = figure.get("ci") or (figure.get("low"), figure.get("high"))
     return None if low is None or high is None else f"{_cell(low)} to {_cell(high)}"
-
-
-def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            for inner, leaf in _leaves(value):
-                yield f"{name}.{inner}", leaf
-        else:
-            yield name, "none" if value is None else value
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]] | Iterator[Sequence[Any]]) -> str:

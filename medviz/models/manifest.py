@@ -52,7 +52,8 @@ class Manifest:
     """manifest.json. `files` maps POSIX paths relative to the folder to their records; `adapters` maps names to what
     adapter.json says; `grounding_adapter` is the one that phrases are looked for with (None: `default_adapter`);
     `few_step_adapter` the one that draws in as many steps as its adapter.json has timesteps (None: there is none);
-    `hub` is None when the pipeline lies in the folder itself. Figures that were not computed are None."""
+    `tells` says what gives its pictures away, as seen by eye; `hub` is None when the pipeline lies in the folder
+    itself. Figures that were not computed are None."""
 
     domain: str
     preset: str = ""
@@ -65,6 +66,7 @@ class Manifest:
     default_adapter: str | None = None
     grounding_adapter: str | None = None
     few_step_adapter: str | None = None
+    tells: Sequence[str] = ()
     hub: HubSource | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -1,6 +1,7 @@
 """The tables of README and app show what the JSON reports hold, and say so where they hold nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from medviz.errors import InputError
+from medviz.models.card import CARD_NAME, write_card
+from medviz.models.manifest import write_manifest
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
 from train.evaluate.figures import Figure
 from train.evaluate.report import (
@@ -130,9 +133,9 @@ def test_run_writes_once_and_check_notices_a_stale_table(tmp_path: Path) -> None
     readme = tmp_path / "README.md"
     readme.write_text(README)
     (tmp_path / "evaluation-a.json").write_text(json.dumps(report()))
-    config = ReportConfig(reports=str(tmp_path), readme=str(readme))
+    config = ReportConfig(reports=str(tmp_path), readme=str(readme), models=str(tmp_path / "none"))
     with pytest.raises(InputError, match="python -m train report"):
-        run(ReportConfig(reports=str(tmp_path), readme=str(readme), check=True))
+        run(replace(config, check=True))
     assert readme.read_text() == README
     assert run(config) is False
     text = readme.read_text()
@@ -143,7 +146,26 @@ def test_run_writes_once_and_check_notices_a_stale_table(tmp_path: Path) -> None
     assert run(config) is True
     readme.write_text(text.replace("0.75", "0.99"))
     with pytest.raises(InputError):
-        run(ReportConfig(reports=str(tmp_path), readme=str(readme), check=True))
+        run(replace(config, check=True))
+
+
+def test_a_card_shows_the_evaluation_of_its_own_files_alone(tmp_path: Path) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "models/dermatology"
+    readme.write_text(README)
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet/config.json").write_text("{}")
+    digest = write_manifest(folder, {"domain": "dermatology"}).sha256
+    config = ReportConfig(reports=str(tmp_path), readme=str(readme), models=str(tmp_path / "models"))
+    (tmp_path / "evaluation-a.json").write_text(json.dumps(report()))
+    run(config)
+    assert "## Measured\n\nNot computed." in (folder / CARD_NAME).read_text()
+    (tmp_path / "evaluation-a.json").write_text(json.dumps(report(kind="evaluation", models={"sha256": digest})))
+    run(config)
+    assert "0.75" in (folder / CARD_NAME).read_text()
+    assert run(config) is True
+    write_card(folder)
+    with pytest.raises(InputError, match=r"dermatology/README\.md does not show the reports"):
+        run(replace(config, check=True))
 
 
 @pytest.mark.parametrize(("count", "chosen", "expected"), [(5, 8, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (9, 1, [0])])

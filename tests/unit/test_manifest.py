@@ -13,12 +13,19 @@ from medviz.models.manifest import FORMAT_VERSION, FileRecord, HubSource, read_m
 FIELDS = {
     "domain": "dermatology",
     "preset": "cpu",
-    "recipe": {"stage": "diffusion", "optimiser": {"lr": 1e-4}},
+    "recipe": {"diffusion": "train/recipes/diffusion.yaml", "guidance_scale": 1.5},
     "data": [{"source": "HAM10000 | part 1", "licence": "CC BY-NC-SA 4.0", "citation": "Tschandl <2018>"}],
-    "training_cost": {"hours": 2.5},
+    "training_cost": {"diffusion": {"seconds": 90.0, "steps": 40}},
     "seeds": {"diffusion": 7},
-    "metrics": {"kid": {"value": 0.0123, "low": 0.011, "high": 0.014, "n": 2000}, "fid": None},
+    "metrics": {"diffusion": {"validation_loss": 0.3084, "steps": 40, "heads": {"hair": 1}, "compiled": True}},
+    "tells": ["Rulers are <not> drawn."],
     "default_adapter": "attribute",
+}
+ADAPTER = {
+    "kind": "lora",
+    "title": "Attribute reward",
+    "recipe": {"objective": "forward"},
+    "metrics": {"judge_gain": {"value": 0.048, "low": 0.038, "high": 0.0585, "n": 64}},
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
         "model_index.json": "{}",
         "unet/config.json": "{}",
         "unet/diffusion_pytorch_model.safetensors": "weights",
-        "adapters/attribute/adapter.json": '{"kind": "lora", "title": "Attribute reward"}',
+        "adapters/attribute/adapter.json": json.dumps(ADAPTER),
         "adapters/attribute/pytorch_lora_weights.safetensors": "lora",
     }
     for name, text in contents.items():
@@ -44,7 +51,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert found == written
     assert found.format_version == FORMAT_VERSION
     assert found.metrics == FIELDS["metrics"]
-    assert found.adapters == {"attribute": {"kind": "lora", "title": "Attribute reward"}}
+    assert found.adapters == {"attribute": ADAPTER}
     assert found.files["unet/diffusion_pytorch_model.safetensors"] == FileRecord(
         sha256=hashlib.sha256(b"weights").hexdigest(), bytes=7
     )
@@ -158,12 +165,11 @@ def test_the_card_says_what_the_manifest_says_and_nothing_is_left_open(folder: P
     card = (folder / CARD_NAME).read_text()
     assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n")
     for line in (
-        "| kid | 0.0123 | 0.011 to 0.014 | 2000 |",
-        "| fid | not computed |  |  |",
-        "| `attribute` | Attribute reward | drawing, grounding |",
-        "| recipe: optimiser.lr | 0.0001 |",
-        "| cost: hours | 2.5 |",
-        "| seed: diffusion | 7 |",
+        "| `attribute` | Attribute reward | forward | 0.048 (0.038 to 0.0585, n 64) | drawing, grounding |",
+        "| diffusion | `train/recipes/diffusion.yaml` | 40 | 1.5 | 7 | validation loss 0.3084 |",
+        "| guidance scale | 1.5 |",
+        "- Rulers are &lt;not&gt; drawn.",
+        "## Measured\n\nNot computed.",
         "| HAM10000 \\| part 1 | CC BY-NC-SA 4.0 | Tschandl &lt;2018&gt; |",
         "| hair | 0.91 | 0.89 to 0.93 | 0.85 | 0.02 | 400 |",
         "| ink | not computed | not computed | not computed | not computed | not computed |",
@@ -174,16 +180,8 @@ def test_the_card_says_what_the_manifest_says_and_nothing_is_left_open(folder: P
     assert read_manifest(folder).sha256 in card
 
 
-def test_the_card_reads_the_figures_of_an_evaluation(folder: Path) -> None:
-    figure = {
-        "name": "kid",
-        "label": "KID",
-        "real": None,
-        "baseline": {"value": 0.02, "low": 0.01, "high": 0.03, "n": 500},
-        "adapters": {"attribute": {"value": {"value": 0.015, "low": 0.01, "high": 0.02, "n": 500}, "change": None}},
-    }
-    card = model_card(write_manifest(folder, {**FIELDS, "metrics": {"figures": [figure]}}))
-    assert "| KID baseline | 0.02 | 0.01 to 0.03 | 500 |" in card
-    assert "| KID `attribute` | 0.015 | 0.01 to 0.02 | 500 |" in card
-    assert "| KID real | not computed |  |  |" in card
-    assert "| KID `attribute` against the baseline | not computed |  |  |" in card
+def test_the_card_shows_what_was_measured_and_that_nobody_has_looked(folder: Path) -> None:
+    manifest = write_manifest(folder, {**FIELDS, "tells": []})
+    card = model_card(manifest, measured="| KID | 0.02 |")
+    assert "## Measured\n\n| KID | 0.02 |\n" in card
+    assert "Not written down yet." in card

@@ -16,6 +16,8 @@ from typing import Any
 import tyro
 
 from medviz.errors import InputError
+from medviz.models.card import CARD_NAME, folder_card
+from medviz.models.manifest import MANIFEST_NAME, read_manifest
 from medviz.results import TABLES_NAME
 from train.evaluate import history
 
@@ -32,6 +34,8 @@ class ReportConfig:
 
     reports: str = "assets/reports"
     """Folder of the JSON files that the evaluations wrote."""
+    models: str = "assets/models"
+    """Folder of the model folders, whose cards show what was measured on them."""
     readme: str = "README.md"
     """File whose text between the results markers is replaced."""
     check: bool = False
@@ -248,7 +252,7 @@ def replaced(text: str, content: str) -> str:
 
 
 def run(config: ReportConfig) -> bool:
-    """Bring the tables of the README, and those that the app shows, up to date; returns whether they already were.
+    """Bring the tables of the README, of the app and of the model cards up to date; returns whether they already were.
 
     Raises InputError for an unreadable report or README, and with `check` when the tables are out of date.
     """
@@ -257,18 +261,36 @@ def run(config: ReportConfig) -> bool:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    content = "\n\n".join([tables(read_reports(Path(config.reports))), *histories(Path(config.reports))])
-    new, beside = replaced(text, content), Path(config.reports) / TABLES_NAME
-    if new == text and beside.is_file() and beside.read_text(encoding="utf-8") == content + "\n":
-        logger.info("%s and %s are up to date", path, beside)
+    reports = read_reports(Path(config.reports))
+    content = "\n\n".join([tables(reports), *histories(Path(config.reports))])
+    wanted = {path: replaced(text, content), Path(config.reports) / TABLES_NAME: content + "\n"}
+    wanted |= {place.with_name(CARD_NAME): _card(place.parent, reports) for place in _manifests(Path(config.models))}
+    stale = [file for file, new in wanted.items() if not file.is_file() or file.read_text(encoding="utf-8") != new]
+    if not stale:
+        logger.info("the tables of %s are up to date", ", ".join(map(str, wanted)))
         return True
     if config.check:
-        raise InputError(f"{path} or {beside} does not show the reports beside it: run `python -m train report`")
-    path.write_text(new, encoding="utf-8")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(content + "\n", encoding="utf-8")
-    logger.info("wrote the results into %s and %s", path, beside)
+        raise InputError(f"{stale[0]} does not show the reports in {config.reports}: run `python -m train report`")
+    for file in stale:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(wanted[file], encoding="utf-8")
+        logger.info("wrote the results into %s", file)
     return False
+
+
+def _manifests(models: Path) -> list[Path]:
+    return sorted(models.glob(f"*/{MANIFEST_NAME}"))
+
+
+def _card(folder: Path, reports: Sequence[Mapping[str, Any]]) -> str:
+    """The card of a model folder with the tables of its evaluations, of these very files and no others."""
+    mine = read_manifest(folder).sha256
+    measured = [
+        section(report)
+        for report in reports
+        if report.get("kind") == "evaluation" and report.get("models", {}).get("sha256") == mine
+    ]
+    return folder_card(folder, "\n\n".join(measured) or None)
 
 
 def main(arguments: list[str]) -> None:
