@@ -107,6 +107,9 @@ $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
 $(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
+$(if $(filter cpu,$(PRESET)),$(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET)))
+
+train-$(1): $(if $(filter cpu,$(PRESET)),runs/distil-$(1)-$(PRESET)/metrics.json)
 train-$(1): runs/rl-$(1)-$(PRESET)/metrics.json runs/decoder-$(PRESET)/metrics.json runs/segmenter-$(1)-$(PRESET)/metrics.json
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test

@@ -35,6 +35,7 @@ class Guidance:
         if not math.isfinite(self.scale):
             raise InputError(f"guidance scale must be a finite number, found {self.scale!r}")
         low, high = self.interval
+        object.__setattr__(self, "interval", (low, high))  # a recipe's list is no other guidance than a tuple
         if not 0 <= low <= high:
             raise InputError(f"the guidance interval must be two timesteps, 0 <= low <= high, found {self.interval!r}")
         if not 0.0 <= self.outside <= 1.0:

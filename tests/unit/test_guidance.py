@@ -42,6 +42,10 @@ def test_a_recipe_without_an_interval_guides_throughout() -> None:
     assert (named.at(700), named.at(701)) == (2.0, 1.5)
 
 
+def test_an_interval_read_from_a_recipe_is_the_same_guidance() -> None:
+    assert Guidance(3.0, [0, 700]) == Guidance(3.0, (0, 700))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"scale": float("nan")}, {"interval": (700, 100)}, {"interval": (-1, 3)}, {"outside": 1.5}, {"outside": -0.1}],
