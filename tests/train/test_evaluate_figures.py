@@ -121,6 +121,30 @@ def test_mean_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 135 <= covered <= 150
 
 
+def test_two_kinds_count_the_same_and_their_interval_stays_within_what_is_possible() -> None:
+    values = np.array([1.0, 1.0, 0.0, np.nan, *np.ones(60)])
+    kinds = np.arange(len(values)) < 4
+    estimate = mean_interval(values, kinds=kinds)
+    assert (estimate.value, estimate.n) == (pytest.approx((2 / 3 + 1) / 2), 63)
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert 0.5 <= estimate.low < estimate.value < estimate.high <= 1.0
+    assert mean_interval(values[4:], kinds=kinds[4:]) == mean_interval(values[4:])
+    lonely = mean_interval(np.array([1.0, 0.0, 1.0]), kinds=np.array([True, False, False]))
+    assert (lonely.value, lonely.low, lonely.n) == (0.75, None, 3)
+
+
+def test_a_balanced_accuracy_covers_the_truth_about_as_often_as_it_says() -> None:
+    covered, kinds = 0, np.arange(120) < 20
+    for trial in range(150):
+        values = (np.random.default_rng(trial).random(120) < np.where(kinds, 0.6, 0.9)).astype(float)
+        estimate = mean_interval(values, kinds=kinds, seed=trial, resamples=300)
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= 0.75 <= estimate.high
+    assert 132 <= covered <= 150
+
+
 def test_mean_of_nothing_is_not_computed_rather_than_zero() -> None:
     assert mean_interval(np.array([np.nan])).as_json() == {"value": None, "low": None, "high": None, "n": 0}
     assert mean_interval(np.array([3.0])).as_json() == {"value": 3.0, "low": None, "high": None, "n": 1}

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from train.evaluate.alignment import Agreement, agreement, balanced, target_matrix
+from train.evaluate.alignment import Agreement, agreement, target_matrix
 from train.evaluate.diversity import paired_distances, per_prompt_distance
 from train.evaluate.fidelity import frechet_distance, kernel_distance, kernel_distance_change
 from train.evaluate.figures import Figure
@@ -64,6 +64,7 @@ def alignment_figures(
         headline: bool,
         counts: Mapping[str, int],
         table: str = "",
+        kinds: np.ndarray | None = None,
     ) -> Figure:
         return _paired(
             name=f"{role}_{key}_{prompts}",
@@ -75,6 +76,7 @@ def alignment_figures(
             headline=headline and prompts != "classes",
             counts=counts,
             table=table,
+            kinds=kinds,
         )
 
     figures = [
@@ -106,10 +108,11 @@ def alignment_figures(
             figure(
                 f"head_{head}",
                 f"{kind} of {labels.get(head, head).lower()} by the {who}{where}",
-                _one_head(index, wanted[:, index]),
+                _one_head(index),
                 False,
                 {"asked": asked, "refused": refused},
                 CLASSES if prompts == "classes" and role == "judge" else "",
+                wanted[:, index] >= 0.5,
             )
         )
     return figures
@@ -253,6 +256,7 @@ def _paired(
     higher_is_better: bool = True,
     note: str = "",
     table: str = "",
+    kinds: np.ndarray | None = None,
 ) -> Figure:
     baseline, adapters = values[BASELINE], _adapters(values)
     return Figure(
@@ -267,10 +271,10 @@ def _paired(
         note=note,
         counts=counts,
         table=table,
-        real=None if real is None else mean_interval(real),
-        baseline=mean_interval(baseline),
-        aligned={adapter: mean_interval(values[adapter]) for adapter in adapters},
-        change={adapter: paired_difference(values[adapter], baseline) for adapter in adapters},
+        real=None if real is None else mean_interval(real, kinds=kinds),
+        baseline=mean_interval(baseline, kinds=kinds),
+        aligned={adapter: mean_interval(values[adapter], kinds=kinds) for adapter in adapters},
+        change={adapter: paired_difference(values[adapter], baseline, kinds=kinds) for adapter in adapters},
     )
 
 
@@ -285,8 +289,8 @@ def _all_right(columns: list[int]) -> Callable[[Agreement], np.ndarray]:
     )
 
 
-def _one_head(index: int, wanted: np.ndarray) -> Callable[[Agreement], np.ndarray]:
-    return lambda found: balanced(found.matches[:, index], wanted)
+def _one_head(index: int) -> Callable[[Agreement], np.ndarray]:
+    return lambda found: found.matches[:, index]
 
 
 def _above(threshold: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -7,7 +7,7 @@ and never as two independent samples: the seed's share of the variance cancels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import bootstrap, ttest_1samp
@@ -43,22 +43,40 @@ class Estimate:
         }
 
 
-def mean_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of `values` (N,), units left out where NaN, with a percentile bootstrap interval over the units."""
-    kept = _kept(values)
-    return _bootstrapped((kept,), _mean, seed=seed, resamples=resamples)
+def mean_interval(
+    values: np.ndarray, *, kinds: np.ndarray | None = None, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """Mean of `values` (N,), units left out where NaN, with a percentile bootstrap interval over the units.
+
+    kinds (N,) bool: units of two kinds, whose means count the same however many each has, as in a balanced accuracy.
+    They are resampled apart, so that no resample has more of one kind than there are. Where only one kind is left, its
+    mean is the mean.
+    """
+    if kinds is None:
+        return _bootstrapped((_kept(values),), _mean, seed=seed, resamples=resamples)
+    parts = [_kept(values[kinds]), _kept(values[~kinds])]
+    if not all(part.size for part in parts):
+        return mean_interval(values, seed=seed, resamples=resamples)
+    found = _bootstrapped(tuple(parts), _mean_of_means, paired=False, seed=seed, resamples=resamples)
+    return replace(found, n=sum(part.size for part in parts))
 
 
 def paired_difference(
-    aligned: np.ndarray, baseline: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+    aligned: np.ndarray,
+    baseline: np.ndarray,
+    *,
+    kinds: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Mean of aligned - baseline over the pairs (N,) in which both were computed.
+    """Mean of aligned - baseline over the pairs (N,) in which both were computed; kinds: as for `mean_interval`.
 
     Raises ValueError if the two arrays do not have the same shape.
     """
     if aligned.shape != baseline.shape:
         raise ValueError(f"paired values need one shape, found {aligned.shape} and {baseline.shape}")
-    return mean_interval(aligned.astype(np.float64) - baseline.astype(np.float64), seed=seed, resamples=resamples)
+    difference = aligned.astype(np.float64) - baseline.astype(np.float64)
+    return mean_interval(difference, kinds=kinds, seed=seed, resamples=resamples)
 
 
 def paired_ratio(aligned: np.ndarray, baseline: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
@@ -123,25 +141,34 @@ def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean(values, axis=axis)
 
 
+def _mean_of_means(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
+    return (np.mean(first, axis=axis) + np.mean(second, axis=axis)) / 2
+
+
 def _ratio_of_means(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean(above, axis=axis) / np.mean(below, axis=axis)
 
 
 def _bootstrapped(
-    samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], *, seed: int, resamples: int
+    samples: tuple[np.ndarray, ...],
+    statistic: Callable[..., np.ndarray],
+    *,
+    seed: int,
+    resamples: int,
+    paired: bool = True,
 ) -> Estimate:
     n = int(samples[0].size)
     if n == 0:
         return Estimate(float("nan"), None, None, 0)
     value = float(statistic(*samples))
-    if n == 1:
-        return Estimate(value, None, None, 1)
+    if min(sample.size for sample in samples) == 1:
+        return Estimate(value, None, None, n)
     if all(np.ptp(sample) == 0.0 for sample in samples):
         return Estimate(value, value, value, n)
     interval = bootstrap(
         samples,
         statistic,
-        paired=len(samples) > 1,
+        paired=paired and len(samples) > 1,
         n_resamples=resamples,
         confidence_level=CONFIDENCE,
         method="percentile",
