@@ -182,9 +182,7 @@ def _draw(
     config: EvaluateConfig, loaded: LoadedDomain, adapters: tuple[str, ...], request: Request, kind: str
 ) -> dict[str, np.ndarray]:
     """The request's pictures by every variant, uint8 (N, H, W, 3), drawn as the app draws them."""
-    guidance = request.guidance_scale
-    scale = guidance.scale if isinstance(guidance, Guidance) else guidance
-    few_steps = FewSteps.of(loaded.manifest, request.steps, scale)
+    few_steps = _few_steps(loaded, request)
     return {
         adapter or BASELINE: generate(
             loaded.pipeline,
@@ -198,6 +196,12 @@ def _draw(
         )
         for adapter in (None, *adapters)
     }
+
+
+def _few_steps(loaded: LoadedDomain, request: Request) -> FewSteps | None:
+    guidance = request.guidance_scale
+    scale = guidance.scale if isinstance(guidance, Guidance) else guidance
+    return FewSteps.of(loaded.manifest, request.steps, scale)
 
 
 def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
@@ -287,13 +291,15 @@ def _write_sheets(
         request = grid_request(prompts, seeds, config.steps, guidance)
         pictures = _draw(config, loaded, (adapter,), request, f"sheet{suffix}")
         rows = {name: images.reshape(len(prompts), seeds, *images.shape[1:]) for name, images in pictures.items()}
+        few_steps = _few_steps(loaded, request)
+        folded = f" folded into `{few_steps.adapter}`" if few_steps else ""
         names.append(f"contact-sheet-{_stem(config)}{suffix}.png")
         sheet = contact_sheet(
             list(prompts),
             rows[BASELINE],
             rows[adapter],
             title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "
-            f"{config.steps} steps, guidance {guidance}. Prompts and seeds are not selected.",
+            f"{config.steps} steps, guidance {guidance}{folded}. Prompts and seeds are not selected.",
             columns=[f"seed {seed}" for seed in range(seeds)],
             names=("baseline", f"aligned: {adapter}"),
         )
