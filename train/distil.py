@@ -6,7 +6,8 @@ student is a LoRA adapter on it that takes one deterministic step, of one unguid
 of two. It starts each step where its own last one ended, and learns to arrive where the teacher was: so a later step
 mends what an earlier one missed, and one noise gives nearly the teacher's picture.
 
-No real image is needed: captions of invented records and noise make the teacher's trajectories.
+Captions of invented records and noise make the teacher's trajectories; real images are seen by the adversary alone,
+where there is one (`train.adversary`).
 """
 
 import hashlib
@@ -110,6 +111,9 @@ def _check(config: DistilConfig) -> None:
     for name, least in (("trajectories", 1), ("held_out", 2), ("batch", 1), ("draw_batch", 1), ("rank", 1)):
         if getattr(config, name) < least:
             raise InputError(f"{name} must be at least {least}, found {getattr(config, name)}")
+    for name in ("adversarial_weight", "adversary_penalty", "adversary_alone"):
+        if not getattr(config, name) >= 0:
+            raise InputError(f"{name} must be at least 0, found {getattr(config, name)}")
 
 
 def captions_of(config: DistilConfig, count: int) -> tuple[str, ...]:

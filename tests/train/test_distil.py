@@ -158,6 +158,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, cache, tmp_path, with_adve
         assert all(torch.equal(weight, same[name]) for name, weight in part.items())
 
 
+def test_passes_in_bf16_err_as_those_in_fp32_do(base, cache, tmp_path) -> None:
+    full, half = (
+        learner(config_for(base, tmp_path / str(bf16), bf16=bf16), cache).update(0)["loss"] for bf16 in (False, True)
+    )
+    assert half != full
+    assert half == pytest.approx(full, rel=0.02)
+
+
 def test_the_adversary_is_heeded_once_it_has_learnt_alone(base, cache, tmp_path, with_adversary) -> None:
     alone = learner(config_for(base, tmp_path / "a"), cache)
     watched = learner(config_for(base, tmp_path / "b", **with_adversary), cache)
@@ -180,7 +188,7 @@ def test_steps_that_the_teacher_does_not_have_are_refused(base, tmp_path, starts
         student_timesteps(config, distil.open_pipeline(config.base, "cpu"))
 
 
-@pytest.mark.parametrize("wrong", [{"held_out": 1}, {"trajectories": 0}, {"rank": 0}])
+@pytest.mark.parametrize("wrong", [{"held_out": 1}, {"trajectories": 0}, {"rank": 0}, {"adversarial_weight": -1}])
 def test_options_that_leave_nothing_to_learn_or_measure_are_refused(base, cache, tmp_path, wrong) -> None:
     (name,) = wrong
     with pytest.raises(InputError, match=f"{name} must be at least"):
