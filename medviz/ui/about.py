@@ -22,14 +22,21 @@ ships: believe the judge first, and no network for certain. Where a figure could
 says so.
 """
 
+SHEET = "contact-sheet-"
+
 
 def build_about(studio: Studio, domains: list[str], reports: Path) -> None:
     """Build the tab inside an open gr.Tab. reports: the folder of pictures (*.png) and of the tables."""
     gr.Markdown(_INTRODUCTION)
     pictures = sorted(reports.glob("*.png"), key=lambda path: path.stem)  # a domain's default sheet before its others
-    sheets = [path for path in pictures if path.stem.startswith("contact-sheet-")]
-    for path in sheets:
+    sheets = [path for path in pictures if path.stem.startswith(SHEET)]
+    main = [path for path in sheets if path.stem.removeprefix(SHEET) in domains] or sheets
+    for path in main:
         _picture(path)
+    for path in sheets:
+        if path not in main:
+            with gr.Accordion(_title(path), open=False):
+                _picture(path)
     gr.Markdown(_tables(reports / TABLES_NAME), sanitize_html=True, elem_id="mv-tables")
     for path in pictures:
         if path not in sheets:
@@ -39,8 +46,12 @@ def build_about(studio: Studio, domains: list[str], reports: Path) -> None:
             gr.Markdown(_card(studio, name), sanitize_html=True)
 
 
+def _title(path: Path) -> str:
+    return path.stem.replace("-", " ").replace("_", " ").capitalize()
+
+
 def _picture(path: Path) -> None:
-    title = path.stem.replace("-", " ").replace("_", " ").capitalize()
+    title = _title(path)
     gr.Markdown(f"**{title}**")
     gr.Image(
         str(path),
