@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,15 +57,7 @@ def alignment_figures(
     who = "judge" if role == "judge" else "reward network"
     where = {"grid": "", "captions": ", captions of real images", "classes": ", every class as often"}[prompts]
 
-    def figure(
-        key: str,
-        label: str,
-        pick: Callable[[Agreement], np.ndarray],
-        headline: bool,
-        counts: Mapping[str, int],
-        table: str = "",
-        kinds: np.ndarray | None = None,
-    ) -> Figure:
+    def figure(key: str, label: str, pick: Callable[[Agreement], np.ndarray], headline: bool, **more: Any) -> Figure:
         return _paired(
             name=f"{role}_{key}_{prompts}",
             label=label,
@@ -74,19 +66,17 @@ def alignment_figures(
             values={name: pick(a) for name, a in found.items()},
             real=None if found_real is None else pick(found_real),
             headline=headline and prompts != "classes",
-            counts=counts,
-            table=table,
-            kinds=kinds,
+            **more,
         )
 
     figures = [
-        figure("accuracy", f"Prompt accuracy by the {who}{where}", lambda a: a.mean, True, {}),
-        figure("complete", f"Every attribute right by the {who}{where}", lambda a: a.complete, role == "judge", {}),
+        figure("accuracy", f"Prompt accuracy by the {who}{where}", lambda a: a.mean, True),
+        figure("complete", f"Every attribute right by the {who}{where}", lambda a: a.complete, role == "judge"),
     ]
     if subset and set(subset) <= set(heads):
         columns = [list(heads).index(head) for head in subset]
         named = ", ".join(labels.get(head, head).lower() for head in subset)
-        figures.append(figure("apr", f"APR ({named}) by the {who}{where}", _all_right(columns), role == "judge", {}))
+        figures.append(figure("apr", f"APR ({named}) by the {who}{where}", _all_right(columns), role == "judge"))
     figures.append(
         _paired(
             name=f"{role}_margin_{prompts}",
@@ -96,7 +86,6 @@ def alignment_figures(
             values={name: r.margins for name, r in per_variant.items()},
             real=None if real is None else real.margins,
             headline=role == "reward" and prompts == "grid",
-            counts={},
         )
     )
     for index, head in enumerate(heads):
@@ -110,9 +99,9 @@ def alignment_figures(
                 f"{kind} of {labels.get(head, head).lower()} by the {who}{where}",
                 _one_head(index),
                 False,
-                {"asked": asked, "refused": refused},
-                CLASSES if prompts == "classes" and role == "judge" else "",
-                wanted[:, index] >= 0.5,
+                counts={"asked": asked, "refused": refused},
+                table=CLASSES if prompts == "classes" and role == "judge" else "",
+                kinds=wanted[:, index] >= 0.5,
             )
         )
     return figures
@@ -250,12 +239,12 @@ def _paired(
     values: Mapping[str, np.ndarray],
     real: np.ndarray | None,
     headline: bool,
-    counts: Mapping[str, int],
     group: Literal["alignment", "memorisation", "fidelity", "diversity"] = "alignment",
     space: str | None = None,
     higher_is_better: bool = True,
     note: str = "",
     table: str = "",
+    counts: Mapping[str, int] | None = None,
     kinds: np.ndarray | None = None,
 ) -> Figure:
     baseline, adapters = values[BASELINE], _adapters(values)
@@ -269,7 +258,7 @@ def _paired(
         higher_is_better=higher_is_better,
         headline=headline,
         note=note,
-        counts=counts,
+        counts=counts or {},
         table=table,
         real=None if real is None else mean_interval(real, kinds=kinds),
         baseline=mean_interval(baseline, kinds=kinds),
