@@ -38,10 +38,13 @@ from train.datasets.split import Split, open_split, source_weights
 from train.growth import grown
 from train.loop import fit
 
+_COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-    "coarse": {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03},
+    "coarse": _COARSE,
+    "coarse_zero_snr": {**_COARSE, "rescale_betas_zero_snr": True},
 }
+PREDICTIONS = ("v_prediction", "epsilon")
 SHARD_BYTES = "14MB"
 RAKES = 100  # rounds of iterative proportional fitting: each label's share is right to a thousandth long before
 
@@ -65,7 +68,10 @@ class DiffusionConfig(StageConfig):
     bf16: bool = False
     """Both passes in bf16 by autocast, convolutions channels-last; weights, optimiser and loss stay fp32."""
     schedule: str = "coarse"
-    """Noise schedule: cosine, or coarse, which spends more timesteps where noise hides all but colour and shape."""
+    """Noise schedule: cosine, or coarse, which spends more timesteps where noise hides all but colour and shape, or
+    coarse_zero_snr, whose last timestep is noise alone (Lin et al. 2024, arXiv 2305.08891, section 3.1)."""
+    prediction: str = "v_prediction"
+    """What the UNet predicts: v_prediction or epsilon."""
     size_px: int = 128
     channels: tuple[int, ...] = (128, 192, 224)
     cross_attention: tuple[bool, ...] = (False, True, True)
@@ -88,16 +94,25 @@ class DiffusionConfig(StageConfig):
     decay_steps: int = 0
     """Steps in which the learning rate falls to nothing (0: `steps`); more leave a stage after this one its rate."""
     caption_dropout: float = 0.1
+    fixed_captions: bool = False
+    """One wording an image, instead of a new one whenever it is drawn."""
     min_snr_gamma: float = 5.0
     """0: every timestep keeps its weight, which fine lines need; min-SNR hardly trains the last, nearly clean ones."""
     ema_decay: float = 0.9995
 
 
-def noise_schedule(name: str) -> DDPMScheduler:
-    """The v-prediction schedule of 1000 timesteps by its name in SCHEDULES; InputError for another name."""
+def noise_schedule(name: str, prediction: str = "v_prediction") -> DDPMScheduler:
+    """The schedule of 1000 timesteps by its name in SCHEDULES, for a UNet that predicts one of PREDICTIONS.
+
+    Raises InputError for another name, and for noise that is to be predicted where there is nothing else.
+    """
     if name not in SCHEDULES:
         raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, found {name!r}")
-    return DDPMScheduler(num_train_timesteps=1000, prediction_type="v_prediction", **SCHEDULES[name])
+    if prediction not in PREDICTIONS:
+        raise InputError(f"prediction must be one of {', '.join(PREDICTIONS)}, found {prediction!r}")
+    if prediction == "epsilon" and SCHEDULES[name].get("rescale_betas_zero_snr"):
+        raise InputError(f"schedule {name} ends in noise alone, of which an epsilon prediction says nothing: use v")
+    return DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction, **SCHEDULES[name])
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,32 @@ def _shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
         raise InputError(f"{option} must read NAME=SHARE, found {list(texts)}") from error
 
 
+def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int) -> UNet2DConditionModel:
+    """The UNet that a run starts from, on latents (channels, size, size) and text embeddings of `text_width`.
+
+    Raises InputError for `grow` without `init`.
+    """
+    seed = seeding.key(config.seed, "diffusion", "weights")
+    if config.grow and not config.init:
+        raise InputError("grow needs init, the pipeline whose UNet is to grow")
+    if config.init:
+        unet = UNet2DConditionModel.from_pretrained(f"{config.init}/unet", dtype=torch.float32)
+        return grown(unet, config.channels, config.cross_attention, seed) if config.grow else unet
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=config.channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if c else "DownBlock2D" for c in config.cross_attention),
+        up_block_types=("CrossAttnUpBlock2D",) * len(config.channels),
+        layers_per_block=config.layers,
+        attention_head_dim=config.heads,
+        cross_attention_dim=text_width,
+        norm_num_groups=16,
+    )
+
+
 class DiffusionLearner:
     """Learns UNet and text encoder of one domain."""
 
@@ -202,10 +243,11 @@ class DiffusionLearner:
         self.tokenizer = CLIPTokenizer.from_pretrained(f"{config.contrastive}/tokenizer")
         text_encoder = CLIPTextModel.from_pretrained(f"{config.contrastive}/text_encoder", dtype=torch.float32)
         self.text_encoder = text_encoder.to(config.device)
-        self.unet = self._unet().to(config.device)
+        size, channels = self.latents.shape[-1], self.latents.shape[2]
+        self.unet = new_unet(config, channels, size, text_encoder.config.hidden_size).to(config.device)
         if config.bf16:
             self.unet.to(memory_format=torch.channels_last)
-        self.schedule = noise_schedule(config.schedule)
+        self.schedule = noise_schedule(config.schedule, config.prediction)
         self.predict = compiled_forward(self.unet) if config.compile else self.unet
         self.modules = torch.nn.ModuleDict({"unet": self.unet}).train()
         if config.train_text_encoder:
@@ -225,28 +267,6 @@ class DiffusionLearner:
             self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True
         )
 
-    def _unet(self) -> UNet2DConditionModel:
-        config, seed = self.config, seeding.key(self.config.seed, "diffusion", "weights")
-        if config.grow and not config.init:
-            raise InputError("grow needs init, the pipeline whose UNet is to grow")
-        if config.init:
-            unet = UNet2DConditionModel.from_pretrained(f"{config.init}/unet", dtype=torch.float32)
-            return grown(unet, config.channels, config.cross_attention, seed) if config.grow else unet
-        torch.manual_seed(seed)
-        channels = self.latents.shape[2]
-        return UNet2DConditionModel(
-            sample_size=self.latents.shape[-1],
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=config.channels,
-            down_block_types=tuple("CrossAttnDownBlock2D" if c else "DownBlock2D" for c in config.cross_attention),
-            up_block_types=("CrossAttnUpBlock2D",) * len(config.channels),
-            layers_per_block=config.layers,
-            attention_head_dim=config.heads,
-            cross_attention_dim=self.text_encoder.config.hidden_size,
-            norm_num_groups=16,
-        )
-
     def embed(self, captions: list[str]) -> torch.Tensor:
         """Text embeddings (B, L, D), padded to the tokenizer's length as the pipeline pads."""
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -260,9 +280,9 @@ class DiffusionLearner:
         captions, latents = [], []
         for i, sample in zip(chosen[mine], samples, strict=True):
             rng = random.Random(seeding.key(config.seed, "caption", sample))
-            captions.append(
-                "" if rng.random() < config.caption_dropout else self.domain.caption(self.train.records[i], rng)
-            )
+            dropped = rng.random() < config.caption_dropout
+            wording = random.Random(seeding.key(config.seed, "wording", int(i))) if config.fixed_captions else rng
+            captions.append("" if dropped else self.domain.caption(self.train.records[i], wording))
             latents.append(self.latents[rng.randrange(config.orientations), i])
         clean = torch.stack(latents).float().to(config.device)
         noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "diffusion-noise", 0, samples).to(clean)

@@ -253,8 +253,49 @@ def test_coarse_schedule_ends_in_noise_and_spends_three_times_as_long_where_capt
     assert log_snr["coarse"][-1] < -10
     assert log_snr["coarse"][0] > 9
     assert (log_snr["coarse"] < -3.7).sum() > 2.9 * (log_snr["cosine"] < -3.7).sum()
-    with pytest.raises(InputError, match="schedule must be one of cosine, coarse, found 'linear'"):
+    with pytest.raises(InputError, match="schedule must be one of cosine, coarse, coarse_zero_snr, found 'linear'"):
         noise_schedule("linear")
+    with pytest.raises(InputError, match="prediction must be one of v_prediction, epsilon, found 'x0'"):
+        noise_schedule("coarse", "x0")
+    with pytest.raises(InputError, match="ends in noise alone"):
+        noise_schedule("coarse_zero_snr", "epsilon")
+    assert noise_schedule("coarse_zero_snr").alphas_cumprod[-1] == 0.0
+
+
+@pytest.mark.parametrize(
+    "options", [{"prediction": "epsilon"}, {"schedule": "coarse_zero_snr"}, {"fixed_captions": True}], ids=str
+)
+def test_other_schedules_and_captions_train_and_draw(stages, tmp_path, options) -> None:
+    _, train, validation, diffusion, _ = stages
+    config = replace(diffusion, out=str(tmp_path / "run"), **options)
+    learner = DiffusionLearner(config, train, validation)
+    said: list[list[str]] = []
+    embed = learner.embed
+    learner.embed = lambda captions: said.append(captions) or embed(captions)
+    fit(learner, config)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "run/model", safety_checker=None, torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.prediction_type == config.prediction
+    image = pipeline("a dermoscopic image with melanoma", num_inference_steps=3, output_type="np").images
+    assert np.isfinite(image).all()
+    assert image.std() > 0
+
+
+def test_a_fixed_caption_is_one_an_image_and_a_new_one_is_not(stages, tmp_path) -> None:
+    _, train, validation, diffusion, _ = stages
+    wordings = {}
+    for fixed in (False, True):
+        config = replace(diffusion, out=str(tmp_path / f"{fixed}"), batch=12, caption_dropout=0.0, fixed_captions=fixed)
+        learner = DiffusionLearner(config, train, validation)
+        said: list[str] = []
+        embed = learner.embed
+        learner.embed = lambda captions, said=said, embed=embed: said.extend(captions) or embed(captions)
+        for step in range(6):
+            learner.update(step)
+        wordings[fixed] = set(said)
+    assert len(wordings[True]) <= len(train) < len(wordings[False])
 
 
 def test_denoising_loss_of_a_perfect_prediction_is_zero() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from medviz.domains import get_domain
+from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.models.adapters import load_lora
 from medviz.models.manifest import hash_file
@@ -30,7 +30,7 @@ from train.evaluate.generated import caption_request, generate
 from train.evaluate.measure import BASELINE
 from train.evaluate.real import RealImages, real_images
 from train.evaluate.stage import readings
-from train.evaluate.statistics import mean_interval, paired_difference
+from train.evaluate.statistics import Estimate, mean_interval, paired_difference
 from train.rl.trainer import open_pipeline
 
 
@@ -78,7 +78,12 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
                 weaken(folder, strength)
                 files |= {f"adapters/{name}/{path.name}": hash_file(path) for path in folder.glob("*.safetensors")}
                 load_lora(pipeline.unet, folder, name)
-    measured = _Measured(config, real)
+    look = ValidationLook(config.judge, config.features, config.device, real, domain)
+
+    def row(scale: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
+        figures = {name: estimate.as_json() for name, estimate in look.estimates(images, baseline).items()}
+        return {"guidance_scale": scale, "strength": strength, **figures}
+
     rows = []
     for scale in tqdm(config.guidance_scales, unit="scale"):
         request = caption_request(
@@ -90,7 +95,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
             )
             for strength, name in names.items()
         }
-        rows += [measured.row(scale, strength, images, drawn[0.0]) for strength, images in drawn.items()]
+        rows += [row(scale, strength, images, drawn[0.0]) for strength, images in drawn.items()]
     report = {
         "kind": "choice",
         "domain": config.domain,
@@ -101,7 +106,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         },
         "captions": len(real.captions),
         "reference": len(real.reference),
-        "real": measured.row(None, None, real.prompted, real.prompted),
+        "real": row(None, None, real.prompted, real.prompted),
         "rows": rows,
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -111,39 +116,38 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     return report
 
 
-class _Measured:
-    """Accuracy by the judge and kernel distance in both feature spaces, of one model's pictures."""
+class ValidationLook:
+    """Accuracy by the judge and kernel distance in both feature spaces, of pictures drawn for captions of validation
+    images.
 
-    def __init__(self, config: ChooseConfig, real: RealImages) -> None:
-        self.config, self.judge = config, AttributeClassifier.load(config.judge, config.device)
-        domain = get_domain(config.domain)
+    judge: folder of the held-out classifier; features: folder that holds features/, the independent space.
+    """
+
+    def __init__(self, judge: str, features: str, device: str, real: RealImages, domain: Domain) -> None:
+        self.device, self.judge = device, AttributeClassifier.load(judge, device)
         self.parsed = [domain.parse(caption) for caption in real.captions]
-        self.spaces = (independent_space(Path(config.features), config.device), judge_space(self.judge))
-        self.reference = {space.name: space.embed(real.reference, device=config.device) for space in self.spaces}
+        self.spaces = (independent_space(Path(features), device), judge_space(self.judge))
+        self.reference = {space.name: space.embed(real.reference, device=device) for space in self.spaces}
 
-    def row(
-        self, scale: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray
-    ) -> dict[str, Any]:
-        """The figures of `images`, and their change since the `baseline` of the same captions and noises."""
-        accuracy, before = self._accuracy(images), self._accuracy(baseline)
-        found: dict[str, Any] = {
-            "guidance_scale": scale,
-            "strength": strength,
-            "accuracy": mean_interval(accuracy).as_json(),
-            "accuracy_change": paired_difference(accuracy, before).as_json(),
-        }
-        for space in self.spaces:
-            drawn, first = (space.embed(each, device=self.config.device) for each in (images, baseline))
-            reference = self.reference[space.name]
-            found[f"kernel_distance_{space.name}"] = kernel_distance(drawn, reference).as_json()
-            change = kernel_distance_change(drawn, first, reference)
-            found[f"kernel_distance_change_{space.name}"] = change.as_json()
-        return found
-
-    def _accuracy(self, images: np.ndarray) -> np.ndarray:
-        read = readings(self.judge, images, self.parsed, self.config.device)
+    def accuracy(self, images: np.ndarray) -> np.ndarray:
+        """Share of what each caption asks for that the judge sees (N,), NaN where it asks for nothing it knows."""
+        read = readings(self.judge, images, self.parsed, self.device)
         targets = [prompt.targets for prompt in self.parsed]
         return agreement(read.probabilities, targets, self.judge.heads, self.judge.thresholds).mean
+
+    def estimates(self, images: np.ndarray, before: np.ndarray) -> dict[str, Estimate]:
+        """Accuracy and kernel distances of `images`, and their changes since `before`, of the same captions and noises.
+
+        Keys: accuracy, accuracy_change, kernel_distance_SPACE, kernel_distance_change_SPACE.
+        """
+        accuracy, first = self.accuracy(images), self.accuracy(before)
+        found = {"accuracy": mean_interval(accuracy), "accuracy_change": paired_difference(accuracy, first)}
+        for space in self.spaces:
+            now, then = (space.embed(each, device=self.device) for each in (images, before))
+            reference = self.reference[space.name]
+            found[f"kernel_distance_{space.name}"] = kernel_distance(now, reference)
+            found[f"kernel_distance_change_{space.name}"] = kernel_distance_change(now, then, reference)
+        return found
 
 
 def main(arguments: list[str]) -> None:

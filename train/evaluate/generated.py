@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import FewSteps, decode, sample
 from medviz.models.adapters import using_adapter
-from medviz.models.manifest import FileRecord
+from medviz.models.manifest import FileRecord, hash_file
 from train.seeding import key
 
 GENERATOR_PARTS = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "model_index.json")
@@ -56,6 +56,12 @@ def caption_request(captions: Sequence[str], seed: int, steps: int, guidance_sca
     """One image a caption, each from a seed of its own that is a function of (seed, position)."""
     seeds = tuple(key(seed, "evaluate", "caption", index) % 2**32 for index in range(len(captions)))
     return Request(prompts=tuple(captions), seeds=seeds, steps=steps, guidance_scale=guidance_scale)
+
+
+def file_records(folder: Path, prefix: str = "") -> dict[str, FileRecord]:
+    """Name below `prefix` -> size and sha256 of every file in `folder`, as a manifest lists them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{prefix}{path.relative_to(folder).as_posix()}": hash_file(path) for path in paths}
 
 
 def weights_digest(files: Mapping[str, FileRecord], *adapters: str | None) -> str:

@@ -31,12 +31,11 @@ from train import augment, checkpoint, seeding
 from train.architectures import ARCHITECTURES
 from train.config import GuidedConfig, parse
 from train.datasets.split import Split, open_split
-from train.evaluate.generated import Request, generate, weights_digest
+from train.evaluate.generated import Request, file_records, generate, weights_digest
 from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
 from train.experiments.classified import classified_figures, subgroups
 from train.experiments.disease import DiseaseLearner, Pixels
-from train.experiments.methods import file_records
 from train.experiments.pieces import digest, piece, write_json
 from train.experiments.subgroups import Described, cell_counts, described, drawn_again, prompt_of, rarest_cell
 from train.loop import fit
@@ -199,7 +198,7 @@ class Synthetic:
     def __init__(self, config: AugmentationConfig, request: Request) -> None:
         self.config, self.request = config, request
         base, adapter = (
-            file_records(Path(config.base), ""),
+            file_records(Path(config.base)),
             file_records(Path(config.adapter), f"adapters/{ADAPTER}/"),
         )
         self._files = {**base, **adapter}

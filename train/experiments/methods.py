@@ -17,28 +17,33 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from diffusers import StableDiffusionPipeline
 
 from medviz.domains import get_domain
 from medviz.errors import InputError
 from medviz.limits import DEFAULT_STEPS
 from medviz.models.adapters import load_lora
-from medviz.models.manifest import NAME_PATTERN, FileRecord, hash_file
+from medviz.models.manifest import NAME_PATTERN
 from medviz.rewards.classifier import AttributeClassifier
-from train import checkpoint
 from train.config import StageConfig, parse, read_recipe
 from train.datasets.split import open_split
 from train.evaluate.contact_sheet import evenly_spaced
 from train.evaluate.features import independent_space, judge_space
-from train.evaluate.generated import Request, caption_request, generate, grid_request, weights_digest
+from train.evaluate.generated import (
+    Request,
+    caption_request,
+    file_records,
+    generate,
+    grid_request,
+    weights_digest,
+)
 from train.evaluate.measure import BASELINE, PromptSet
 from train.evaluate.real import real_images
 from train.evaluate.stage import training_features
 from train.experiments.measured import Eyes, measure, threshold_of
 from train.experiments.methods_report import Run, report
 from train.experiments.picture import draw, require_matplotlib
-from train.experiments.pieces import digest, folder_digest, piece, write_json
+from train.experiments.pieces import digest, folder_digest, options, piece, run_stage, write_json
 from train.rl import trainer
 from train.rl.recipe import RlConfig, check
 
@@ -183,26 +188,9 @@ def _check(config: MethodsConfig) -> None:
             raise InputError(f"{option} must be at least {low}, found {getattr(config, option)}")
 
 
-def options(wanted: RlConfig) -> dict[str, Any]:
-    """The run's options as YAML and JSON hold them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(wanted).items()}
-
-
 def train(wanted: RlConfig) -> None:
-    """Run the rl stage for one method and seed, or go on with it, unless it is finished.
-
-    Raises InputError where its folder was filled by another recipe.
-    """
-    out = Path(wanted.out)
-    text, path = yaml.safe_dump(options(wanted), sort_keys=False), out / "recipe.yaml"
-    if path.is_file() and path.read_text() != text:
-        raise InputError(f"{out} was made by another recipe ({path}): delete it, or choose another out")
-    if (out / "metrics.json").is_file():
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    logger.info("training %s", out.name)
-    trainer.main([str(path), *(["--resume"] if checkpoint.steps(out) else [])])
+    """Run the rl stage for one method and seed, or go on with it, unless it is finished; see `pieces.run_stage`."""
+    run_stage(wanted, trainer.main)
 
 
 def read_run(wanted: RlConfig, measured: Mapping[str, Any]) -> Run:
@@ -238,7 +226,7 @@ class _Table:
     def __init__(self, config: MethodsConfig, rl: RlConfig) -> None:
         self.config, self.rl = config, rl
         self.pipeline: StableDiffusionPipeline = trainer.open_pipeline(rl.base, config.device)
-        self.files = file_records(Path(rl.base), "")
+        self.files = file_records(Path(rl.base))
         self._eyes: Eyes | None = None
         size_px = int(self.pipeline.unet.config.sample_size) * int(self.pipeline.vae_scale_factor)
         domain = get_domain(rl.domain)
@@ -327,12 +315,6 @@ class _Table:
             "guidance_scale": str(grid.guidance_scale),
             "recipes": {name: options(next(iter(by_seed.values()))) for name, by_seed in plans.items()},
         }
-
-
-def file_records(folder: Path, prefix: str) -> dict[str, FileRecord]:
-    """Name below `prefix` -> size and sha256 of every file in `folder`, as a manifest lists them."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {f"{prefix}{path.relative_to(folder).as_posix()}": hash_file(path) for path in paths}
 
 
 def main(arguments: list[str]) -> None:

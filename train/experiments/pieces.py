@@ -1,19 +1,27 @@
 """An experiment's pieces on disk: each is made once, and found again by a run that goes on.
 
-A piece is JSON with a digest of all that it depends on. One made from anything else is made again.
+A piece is JSON with a digest of all that it depends on; one made from anything else is made again. A trained model is
+not: hours may lie in it, so a folder that another recipe filled is refused.
 """
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from medviz.errors import InputError
 from medviz.models.manifest import hash_file
+from train import checkpoint
+from train.config import StageConfig
+
+logger = logging.getLogger(__name__)
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -63,6 +71,30 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     with writing.open("wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     os.replace(writing, path)
+
+
+def options(config: StageConfig) -> dict[str, Any]:
+    """A stage's options as YAML and JSON hold them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def run_stage(wanted: StageConfig, main: Callable[[list[str]], None]) -> bool:
+    """Run a stage by its `main` on a recipe that is written into its folder, or go on with it, unless it is finished;
+    returns whether there was anything to do.
+
+    Raises InputError where its folder was filled by another recipe.
+    """
+    out = Path(wanted.out)
+    text, path = yaml.safe_dump(options(wanted), sort_keys=False), out / "recipe.yaml"
+    if path.is_file() and path.read_text() != text:
+        raise InputError(f"{out} was made by another recipe ({path}): delete it, or choose another out")
+    if (out / "metrics.json").is_file():
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    logger.info("training %s", out.name)
+    main([str(path), *(["--resume"] if checkpoint.steps(out) else [])])
+    return True
 
 
 def plain(values: Iterable[float]) -> list[float | None]:
