@@ -22,7 +22,7 @@ help:
 	@echo "make test-gpu            the tests at Stable Diffusion's size, on a machine with a CUDA card"
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, a quarter of an hour on two idle cores, minutes of compiling included"
-	@echo "make experiments         methods at one budget, synthetic pictures as augmentation, anatomy: three hours on two idle cores"
+	@echo "make experiments         methods and ways of training at one budget, synthetic pictures as augmentation, anatomy: five hours on two idle cores"
 	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
@@ -107,10 +107,9 @@ $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
 $(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
-$(if $(filter cpu,$(PRESET)),$(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET)))
+$(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET) rl-$(1)-$(PRESET))
 
-train-$(1): $(if $(filter cpu,$(PRESET)),runs/distil-$(1)-$(PRESET)/metrics.json)
-train-$(1): runs/rl-$(1)-$(PRESET)/metrics.json runs/decoder-$(PRESET)/metrics.json runs/segmenter-$(1)-$(PRESET)/metrics.json
+train-$(1): $(foreach run,rl-$(1) distil-$(1) decoder segmenter-$(1),runs/$(run)-$(PRESET)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
 	$(BIN)/python -m train report
@@ -120,12 +119,13 @@ $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
 $(eval $(call stage,autoencoder,decoder-$(PRESET),autoencoder-$(PRESET)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 
-# What looks for places, of the cpu preset's chest X-rays alone.
+# What looks for places, of chest X-rays alone.
+$(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(GENERATOR)-radiology-$(PRESET) segmenter-radiology-$(PRESET)))
+train-radiology: runs/anatomy-own-radiology-$(PRESET)/metrics.json
+
 ifeq ($(PRESET),cpu)
-$(eval $(call stage,anatomy_prompts,anatomy-own-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu))
 $(eval $(call stage,rl,rl-placement-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu reward-radiology-cpu judge-radiology-cpu))
 $(eval $(call stage,contrastive,alignment-radiology-cpu,))
-train-radiology: runs/anatomy-own-radiology-cpu/metrics.json
 
 # One adapter of each method set side by side ships, too; the last one that is made stands for all.
 METHODS := runs/methods-dermatology-cpu/draft-seed0/model
@@ -147,6 +147,7 @@ bench: $(VENV)/.bench
 experiments: $(VENV)/.bench anatomy
 	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
 	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
+	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml
 	$(BIN)/python -m train report
 
 anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json)

@@ -73,6 +73,8 @@ class DiffusionConfig(StageConfig):
     prediction: str = "v_prediction"
     """What the UNet predicts: v_prediction or epsilon."""
     size_px: int = 128
+    latents: str = ""
+    """Folder in which latents of the images are kept; empty: latents/ beside the run's own."""
     channels: tuple[int, ...] = (128, 192, 224)
     cross_attention: tuple[bool, ...] = (False, True, True)
     """Cross-attention in the encoder half at each resolution, finest first; the decoder half has it at all."""
@@ -235,7 +237,7 @@ class DiffusionLearner:
         self.config, self.train = config, train
         self.domain = get_domain(config.domain)
         self.vae = AutoencoderTiny.from_pretrained(config.autoencoder).to(config.device).eval()
-        cache = Path(config.out).parent / "latents"
+        cache = Path(config.latents) if config.latents else Path(config.out).parent / "latents"
         self.latents = split_latents(self.vae, train, config.size_px, config.orientations, config.seed, cache)
         self.validation = validation
         self.validation_latents = split_latents(self.vae, validation, config.size_px, 1, config.seed, cache)[0]

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,11 @@ from medviz.generation.sampling import (
     signal_and_noise_level,
     split_prediction,
 )
+from medviz.models.adapters import load_lora, using_adapter
 from medviz.models.manifest import hash_file
 from train import seeding
 from train.adversary import Adversary
+from train.assemble import weaken
 from train.compiling import compiled_forward
 from train.config import GuidedConfig, parse
 from train.evaluate.statistics import mean_interval
@@ -47,6 +51,8 @@ from train.rl.policy import LoraPolicy
 from train.rl.trainer import open_pipeline
 
 STAGE = "distil"
+BESIDE = "beside"
+"""What the adapter that the student must go with is called while it learns."""
 
 
 @dataclass
@@ -56,6 +62,11 @@ class DistilConfig(RealLatentsConfig, GuidedConfig):
 
     base: str = "runs/longer-dermatology-cpu/model"
     """Pipeline folder: teacher and, with the adapter, student."""
+    beside: str = ""
+    """Folder of a LoRA adapter that the student must go with, as the one that aligns: every second step is learnt with
+    it on, from trajectories that were drawn with it on. Empty: none."""
+    beside_strength: float = 1.0
+    """Share of its change that ships."""
     adapter: str = "few_steps"
     title: str = "In few steps"
     teacher_steps: int = 20
@@ -126,8 +137,11 @@ def captions_of(config: DistilConfig, count: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def draw_trajectories(config: DistilConfig, pipeline: StableDiffusionPipeline, cache: Path) -> Trajectories:
-    """The teacher's trajectories, those that are held out last. Parts that a stopped run has drawn are read again.
+def draw_trajectories(
+    config: DistilConfig, pipeline: StableDiffusionPipeline, cache: Path, beside: bool = False
+) -> Trajectories:
+    """The teacher's trajectories, those that are held out last, drawn with the adapter BESIDE on or with none. Parts
+    that a stopped run has drawn are read again.
 
     Their folder in `cache` is named by everything they depend on.
     """
@@ -135,11 +149,14 @@ def draw_trajectories(config: DistilConfig, pipeline: StableDiffusionPipeline, c
     captions = captions_of(config, count)
     weights = sorted(Path(config.base).rglob("*.safetensors"))
     drawn = ("domain", "seed", "teacher_steps", "starts", "trajectories", "held_out", "draw_batch")
-    identity = [
+    identity: list[Any] = [
         {name: getattr(config, name) for name in drawn},
         str(config.guidance),
         [hash_file(path).sha256 for path in weights],
     ]
+    if beside:
+        changed = [hash_file(path).sha256 for path in sorted(Path(config.beside).glob("*.safetensors"))]
+        identity.append([changed, config.beside_strength])
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = cache / f"trajectories-{config.domain}-{digest[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +166,8 @@ def draw_trajectories(config: DistilConfig, pipeline: StableDiffusionPipeline, c
             path = folder / f"states-{start:06d}.safetensors"
             rows = range(start, min(start + config.draw_batch, count))
             if not path.is_file():
-                states = _draw(config, pipeline, [captions[i] for i in rows], list(rows))
+                with using_adapter(pipeline.unet, BESIDE if beside else None):
+                    states = _draw(config, pipeline, [captions[i] for i in rows], list(rows))
                 writing = path.with_name(f".writing-{path.name}")
                 save_file({"states": states}, writing)
                 os.replace(writing, path)
@@ -169,6 +187,21 @@ def _draw(
     return torch.stack([*(trail[i] for i in config.starts), finished.cpu()], dim=1).half().contiguous()
 
 
+def load_beside(config: DistilConfig, pipeline: StableDiffusionPipeline) -> tuple[str, ...]:
+    """Load the adapter that the student must go with, at its strength; its name, or nothing where there is none.
+
+    Raises InputError for a strength that no adapter can have.
+    """
+    if not config.beside:
+        return ()
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside) / BESIDE
+        shutil.copytree(config.beside, folder)
+        weaken(folder, config.beside_strength)
+        load_lora(pipeline.unet, folder, BESIDE)
+    return (BESIDE,)
+
+
 class DistilLearner:
     """Learns the adapter; see `train.loop.Learner`."""
 
@@ -177,12 +210,13 @@ class DistilLearner:
         self.config, self.pipeline = config, pipeline
         self.timesteps = student_timesteps(config, pipeline)
         self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
-        drawn = draw_trajectories(config, pipeline, cache)
-        self.states, self.captions = drawn.states, drawn.captions
-        texts = list(dict.fromkeys(drawn.captions))
+        self.beside = (None, *load_beside(config, pipeline))
+        drawn = [draw_trajectories(config, pipeline, cache, beside=name is not None) for name in self.beside]
+        self.states, self.captions = torch.stack([each.states for each in drawn]), drawn[0].captions
+        texts = list(dict.fromkeys(self.captions))
         self.embeds = torch.cat([encode_prompts(pipeline, texts[i : i + 64]).cond for i in range(0, len(texts), 64)])
         row = {text: number for number, text in enumerate(texts)}
-        self.text_of = torch.tensor([row[caption] for caption in drawn.captions])
+        self.text_of = torch.tensor([row[caption] for caption in self.captions])
         pipeline.vae.requires_grad_(False)
         self.policy = LoraPolicy(
             pipeline.unet,
@@ -224,16 +258,19 @@ class DistilLearner:
         rows = torch.from_numpy(seeding.batch_indices(config.trajectories, config.batch, step, config.seed, STAGE))
         self.optimizer.zero_grad(set_to_none=True)
         errors = []
-        latents = self.states[rows, 0].float().to(config.device)
-        for number in range(len(self.timesteps)):
-            arrived = self._step(number, latents, rows)
-            error = self._error(number, arrived, rows)
-            loss = error.mean() / len(self.timesteps)
-            if self.adversary and number + 1 == len(self.timesteps) and step >= config.adversary_alone:
-                loss = loss + config.adversarial_weight * self.adversary.loss(arrived, step)
-            loss.backward()
-            errors.append(error.mean().item())
-            latents = arrived.detach()
+        kind = step % len(self.beside)
+        states = self.states[kind, rows].float().to(config.device)
+        latents = states[:, 0]
+        with using_adapter(self.pipeline.unet, self.policy.name, self.beside[kind]):
+            for number in range(len(self.timesteps)):
+                arrived = self._step(number, latents, rows)
+                error = self._error(number, arrived, states)
+                loss = error.mean() / len(self.timesteps)
+                if self.adversary and number + 1 == len(self.timesteps) and step >= config.adversary_alone:
+                    loss = loss + config.adversarial_weight * self.adversary.loss(arrived, step)
+                loss.backward()
+                errors.append(error.mean().item())
+                latents = arrived.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         self.policy.average(min(config.average_decay, (step + 1) / (step + 10)))
@@ -251,13 +288,13 @@ class DistilLearner:
         signal, noise = self.levels[number + 1]
         return signal * seen.x0 + noise * seen.noise
 
-    def _error(self, number: int, arrived: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance (B,) from the teacher's latents, in units of their signal.
+    def _error(self, number: int, arrived: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance (B,) from the teacher's latents of `states` (B, S + 1, C, h, w), in units of their
+        signal.
 
         A miss of the clean latents by one step is then a miss by as much or less, however noisy the step ends.
         """
-        wanted = self.states[rows, number + 1].float().to(arrived)
-        return ((arrived - wanted) / self.levels[number + 1][0]).square().mean(dim=(1, 2, 3))
+        return ((arrived - states[:, number + 1]) / self.levels[number + 1][0]).square().mean(dim=(1, 2, 3))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -277,24 +314,28 @@ class DistilLearner:
     def held_out_errors(self) -> dict[str, np.ndarray]:
         """Root mean squared distance (H,) of pixels in [0, 255] from the teacher's pictures of held-out noises.
 
-        student: of the adapter in its few steps; solver: of the generator without it, by its own solver in as many.
+        student: of the adapter in its few steps; solver: of the generator without it, by its own solver in as many;
+        student_beside, solver_beside: the same with the adapter on that the student must go with.
         """
-        config, rows = self.config, torch.arange(self.config.trajectories, len(self.states))
-        found: dict[str, list[np.ndarray]] = {"student": [], "solver": []}
-        for start in range(0, len(rows), config.draw_batch):
-            part = rows[start : start + config.draw_batch]
-            teacher = decode(self.pipeline, self.states[part, -1].float())
-            captions = [self.captions[i] for i in part]
-            seeds = [seeding.key(config.seed, STAGE, "noise", int(i)) for i in part]
-            with self.policy.using(self.policy.behaviour):
-                student = sample(self.pipeline, captions, seeds, few_steps=self.few_steps)
-            with self.policy.using(None):
-                solver = sample(
-                    self.pipeline, captions, seeds, steps=len(self.timesteps), guidance_scale=config.guidance
-                )
-            for name, latents in (("student", student), ("solver", solver)):
-                apart = (decode(self.pipeline, latents) - teacher) * 127.5
-                found[name].append(apart.square().mean(dim=(1, 2, 3)).sqrt().cpu().numpy())
+        config, rows = self.config, torch.arange(self.config.trajectories, len(self.captions))
+        found: dict[str, list[np.ndarray]] = {}
+        for states, beside in zip(self.states, self.beside, strict=True):
+            ending = "" if beside is None else f"_{BESIDE}"
+            for start in range(0, len(rows), config.draw_batch):
+                part = rows[start : start + config.draw_batch]
+                teacher = decode(self.pipeline, states[part, -1].float())
+                captions = [self.captions[i] for i in part]
+                seeds = [seeding.key(config.seed, STAGE, "noise", int(i)) for i in part]
+                with using_adapter(self.pipeline.unet, self.policy.behaviour, beside):
+                    student = sample(self.pipeline, captions, seeds, few_steps=self.few_steps)
+                with using_adapter(self.pipeline.unet, beside):
+                    solver = sample(
+                        self.pipeline, captions, seeds, steps=len(self.timesteps), guidance_scale=config.guidance
+                    )
+                for name, latents in (("student", student), ("solver", solver)):
+                    apart = (decode(self.pipeline, latents) - teacher) * 127.5
+                    pixels = apart.square().mean(dim=(1, 2, 3)).sqrt().cpu().numpy()
+                    found.setdefault(name + ending, []).append(pixels)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def export(self, folder: Path) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Distillation: the student walks as it is trained, comes nearer to the teacher, and goes on where it stopped."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
@@ -13,10 +16,11 @@ from medviz.models.adapters import load_lora, using_adapter
 from tests import tiny
 from tests.train.test_evaluate_stage import write_split
 from train import checkpoint, distil
-from train.assemble import read_parts
+from train.assemble import read_parts, weaken
 from train.config import read_recipe
 from train.distil import DistilConfig, DistilLearner, draw_trajectories, student_timesteps
 from train.loop import fit
+from train.rl.policy import LoraPolicy
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 SMALL = {
@@ -82,7 +86,7 @@ def test_the_student_is_trained_in_the_steps_that_it_draws_in(base, cache, tmp_p
         for weight in made.policy.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
         rows = torch.arange(4)
-        latents = made.states[rows, 0].float()
+        latents = made.states[0, rows, 0].float()
         for number in range(len(made.timesteps)):
             latents = made._step(number, latents, rows)
     seeds = [distil.seeding.key(0, "distil", "noise", i) for i in range(4)]
@@ -94,11 +98,11 @@ def test_the_student_is_trained_in_the_steps_that_it_draws_in(base, cache, tmp_p
 def missed(made: DistilLearner) -> float:
     """How far the averaged student ends from the teacher, on what it learns from."""
     rows = torch.arange(made.config.trajectories)
-    latents = made.states[rows, 0].float()
+    latents = made.states[0, rows, 0].float()
     with made.policy.using(made.policy.behaviour):
         for number in range(len(made.timesteps)):
             latents = made._step(number, latents, rows)
-    return made._error(number, latents, rows).mean().item()
+    return made._error(number, latents, made.states[0, rows].float()).mean().item()
 
 
 def test_the_student_comes_nearer_and_the_generator_stays(base, cache, tmp_path) -> None:
@@ -181,6 +185,72 @@ def test_the_adversary_is_heeded_once_it_has_learnt_alone(base, cache, tmp_path,
     assert not torch.equal(weights(alone), weights(watched))
 
 
+@pytest.fixture(scope="module")
+def aligned(base, tmp_path_factory) -> Path:
+    """An adapter that changes what the generator draws."""
+    unet = distil.open_pipeline(str(base), "cpu").unet
+    policy = LoraPolicy(unet, "aligned", rank=2, alpha=2.0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("aligned")
+    policy.save(folder, {"title": "Aligned"})
+    return folder
+
+
+def test_an_adapter_beside_is_learnt_with_from_what_it_draws(base, cache, tmp_path, aligned) -> None:
+    options = {"beside": str(aligned), "beside_strength": 0.5}
+    config = config_for(base, tmp_path / "run", steps=3, **options)
+    made = learner(config, cache)
+    assert made.states.shape[:3] == (2, 14, 4)
+    assert torch.equal(made.states[0], learner(config_for(base, tmp_path / "other"), cache).states[0])
+    # The second kind is what the generator draws with half of the adapter.
+    half = tmp_path / "halved"
+    shutil.copytree(aligned, half)
+    weaken(half, 0.5)
+    pipeline = distil.open_pipeline(config.base, "cpu")
+    load_lora(pipeline.unet, half, "halved")
+    seeds = [distil.seeding.key(0, "distil", "noise", i) for i in (4, 5)]
+    with using_adapter(pipeline.unet, "halved"):
+        drawn = sample(pipeline, made.captions[4:6], seeds, steps=8, guidance_scale=config.guidance)
+    torch.testing.assert_close(made.states[1, 4:6, -1].float(), drawn, atol=2e-3, rtol=2e-3)
+    assert not torch.equal(made.states[0, :, -1], made.states[1, :, -1])
+    # Every second step has it on; neither it nor the generator is learnt.
+    on: list[tuple[str, ...]] = []
+    step = made._step
+    layer = next(module for module in made.pipeline.unet.modules() if isinstance(module, BaseTunerLayer))
+    made._step = lambda *given: on.append(tuple(layer.active_adapters)) or step(*given)
+    kept = {name: weight.clone() for name, weight in made.pipeline.unet.state_dict().items() if "few_steps" not in name}
+    metrics = fit(made, config)
+    assert on == [("few_steps",)] * 3 + [("few_steps", "beside")] * 3 + [("few_steps",)] * 3
+    after = made.pipeline.unet.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in kept.items())
+    assert metrics is not None
+    assert set(metrics["rmse_from_teacher"]) == {"student", "solver", "student_beside", "solver_beside"}
+    saved = load_file(next((tmp_path / "run/model").glob("*.safetensors")))
+    assert not any("beside" in name for name in saved)
+    # What is exported draws with the adapter what the learner measured.
+    load_lora(pipeline.unet, tmp_path / "run/model", "few_steps")
+    with using_adapter(pipeline.unet, "few_steps", "halved"):
+        read = sample(
+            pipeline, made.captions[11:12], [distil.seeding.key(0, "distil", "noise", 11)], few_steps=made.few_steps
+        )
+    with using_adapter(made.pipeline.unet, "few_steps", "beside"):
+        mine = sample(
+            made.pipeline,
+            made.captions[11:12],
+            [distil.seeding.key(0, "distil", "noise", 11)],
+            few_steps=made.few_steps,
+        )
+    torch.testing.assert_close(read, mine, atol=1e-4, rtol=1e-3)
+
+
+def test_a_strength_that_no_adapter_has_is_refused(base, cache, tmp_path, aligned) -> None:
+    with pytest.raises(InputError, match="strength must be above 0"):
+        learner(config_for(base, tmp_path, beside=str(aligned), beside_strength=0.0), cache)
+
+
 @pytest.mark.parametrize("starts", [(), (1, 3), (0, 3, 3), (0, 8)])
 def test_steps_that_the_teacher_does_not_have_are_refused(base, tmp_path, starts) -> None:
     config = config_for(base, tmp_path, starts=starts)
@@ -195,10 +265,15 @@ def test_options_that_leave_nothing_to_learn_or_measure_are_refused(base, cache,
         learner(config_for(base, tmp_path, **wrong), cache)
 
 
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
 @pytest.mark.parametrize("domain", ["dermatology", "radiology"])
-def test_the_recipes_read_and_learn_the_guidance_that_ships(domain, tmp_path) -> None:
-    config = read_recipe(RECIPES / f"distil-{domain}-cpu.yaml", DistilConfig)
-    parts = read_parts(str(RECIPES / f"assemble-{domain}-cpu.yaml"))
+def test_the_recipes_learn_the_guidance_and_go_with_the_adapter_that_ship(domain, preset) -> None:
+    config = read_recipe(RECIPES / f"distil-{domain}-{preset}.yaml", DistilConfig)
+    parts = read_parts(str(RECIPES / f"assemble-{domain}-{preset}.yaml"))
+    if config.beside:
+        assert config.beside == parts.adapters[parts.default_adapter]
+        assert config.beside_strength == parts.adapter_strengths.get(parts.default_adapter, 1.0)
+    assert parts.adapters[parts.few_step_adapter] == f"{config.out}/model"
     assert config.domain == domain
     assert config.base == parts.pipeline
     assert config.guidance == Guidance(parts.guidance_scale, tuple(parts.guidance_interval), parts.guidance_outside)

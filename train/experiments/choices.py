@@ -115,7 +115,9 @@ def plan(config: ChoicesConfig) -> dict[str, Choice]:
             raise InputError(f"{name!r} cannot be a choice's name; allowed: {NAME_PATTERN.pattern}")
         flags = [*shlex.split(config.shared), *shlex.split(overrides)]
         recipe = read_recipe(config.diffusion, DiffusionConfig, flags)
-        recipe = replace(recipe, out=f"{config.out}/{name}", device=config.device, resume=False, max_minutes=0.0)
+        latents = recipe.latents or str(Path(config.out).parent / "latents")  # the other stages'
+        recipe = replace(recipe, out=f"{config.out}/{name}", latents=latents, device=config.device)
+        recipe = replace(recipe, resume=False, max_minutes=0.0)
         first = next(iter(plans.values())).recipe if plans else recipe
         if recipe.domain != first.domain or recipe.steps != first.steps:
             raise InputError(f"{name}: all choices share domain and steps; the steps follow from the compute")
