@@ -83,9 +83,11 @@ runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.js
 	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume)
 endef
 
-# The stage that finishes a generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then for
-# what captions say (coarse, longer); the gpu preset does all in one.
-GENERATOR = $(if $(filter cpu,$(PRESET)),longer,diffusion)
+# The stage that finishes a domain's generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then
+# for what captions say (coarse, longer), and for what lies on skin (wider, artefacts); the gpu preset does all in one.
+GENERATOR_dermatology_cpu := artefacts
+GENERATOR_radiology_cpu := longer
+GENERATOR = $(or $(GENERATOR_$(1)_$(PRESET)),diffusion)-$(1)-$(PRESET)
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
@@ -105,9 +107,9 @@ $(call stage,classifier,judge-$(1)-$(PRESET),)
 
 $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
-$(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
+$(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
-$(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR)-$(1)-$(PRESET) rl-$(1)-$(PRESET))
+$(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR) rl-$(1)-$(PRESET))
 
 train-$(1): $(foreach run,rl-$(1) distil-$(1) decoder segmenter-$(1),runs/$(run)-$(PRESET)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
@@ -120,18 +122,14 @@ $(eval $(call stage,autoencoder,decoder-$(PRESET),autoencoder-$(PRESET)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 
 # What looks for places, of chest X-rays alone.
-$(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(GENERATOR)-radiology-$(PRESET) segmenter-radiology-$(PRESET)))
+$(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(call GENERATOR,radiology) segmenter-radiology-$(PRESET)))
 train-radiology: runs/anatomy-own-radiology-$(PRESET)/metrics.json
 
 ifeq ($(PRESET),cpu)
+$(eval $(call stage,diffusion,wider-dermatology-cpu,longer-dermatology-cpu))
+$(eval $(call stage,diffusion,artefacts-dermatology-cpu,wider-dermatology-cpu))
 $(eval $(call stage,rl,rl-placement-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu reward-radiology-cpu judge-radiology-cpu))
 $(eval $(call stage,contrastive,alignment-radiology-cpu,))
-
-# One adapter of each method set side by side ships, too; the last one that is made stands for all.
-METHODS := runs/methods-dermatology-cpu/draft-seed0/model
-$(METHODS): | $(VENV)/.bench $(foreach run,longer contrastive reward judge,runs/$(run)-dermatology-cpu/metrics.json)
-	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
-train-dermatology: $(METHODS)
 endif
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.dev

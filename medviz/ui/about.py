@@ -37,7 +37,10 @@ def build_about(studio: Studio, domains: list[str], reports: Path) -> None:
         if path not in main:
             with gr.Accordion(_title(path), open=False):
                 _picture(path)
-    gr.Markdown(_tables(reports / TABLES_NAME), sanitize_html=True, elem_id="mv-tables")
+    with gr.Column(elem_id="mv-tables"):
+        for title, text in _tables(reports / TABLES_NAME):
+            with gr.Accordion(title, open=False):
+                gr.Markdown(text, sanitize_html=True)
     for path in pictures:
         if path not in sheets:
             _picture(path)
@@ -64,8 +67,13 @@ def _picture(path: Path) -> None:
     )
 
 
-def _tables(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else "No evaluation has been run yet."
+def _tables(path: Path) -> list[tuple[str, str]]:
+    """(heading, what stands beneath it) of each section of the tables."""
+    if not path.is_file():
+        return [("No evaluation has been run yet", "Every figure is not computed.")]
+    before, *sections = ("\n" + path.read_text(encoding="utf-8")).split("\n### ")
+    parted = [section.partition("\n") for section in sections] or [("Results", "", before)]
+    return [(title.strip(), text.strip()) for title, _, text in parted]
 
 
 def _card(studio: Studio, name: str) -> str:

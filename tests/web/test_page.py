@@ -214,4 +214,9 @@ def test_a_run_can_be_cancelled_and_what_was_shown_comes_back(page: Page) -> Non
 
 def test_the_about_tab_shows_the_tables_of_the_reports(page: Page) -> None:
     page.get_by_role("tab", name="About").click()
-    expect(page.locator("#mv-tables td").first).to_have_text("Distance")
+    cell = page.locator("#mv-tables td").first
+    expect(page.get_by_role("button", name="A domain")).to_be_visible()
+    expect(cell).not_to_be_visible()
+    page.get_by_role("button", name="A domain").click()
+    expect(cell).to_have_text("Distance")
+    expect(cell).to_be_visible()
