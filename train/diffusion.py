@@ -11,6 +11,7 @@ timesteps there, two of twenty sampling steps; the "coarse" one, of Stable Diffu
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ class DiffusionConfig(StageConfig):
     min_snr_gamma: float = 5.0
     """0: every timestep keeps its weight, which fine lines need; min-SNR hardly trains the last, nearly clean ones."""
     ema_decay: float = 0.9995
+    """Of the running average of the weights, which is exported, from the step on at which a rising one reaches it."""
+    ema_width: float = 0.0
+    """In place of that, a `PowerAverage` of this width; 0: none."""
 
 
 def noise_schedule(name: str, prediction: str = "v_prediction") -> DDPMScheduler:
@@ -203,6 +207,27 @@ def _shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
         raise InputError(f"{option} must read NAME=SHARE, found {list(texts)}") from error
 
 
+class PowerAverage(EMAModel):
+    """A running average that grows with the run: step i of t weighs i^gamma.
+
+    Its width, the standard deviation of that profile over t, stays the same however long the run is, where that of a
+    fixed decay is right for one length (Karras et al. 2024, arXiv 2312.02696, section 3.1).
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], width: float) -> None:
+        """Raises InputError for a width outside (0, 0.28): uniform weights, the widest, have 0.29."""
+        if not 0 < width < 0.28:
+            raise InputError(f"ema_width must be above 0 and below 0.28, found {width}")
+        super().__init__(parameters, foreach=True)
+        # width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
+        inverse = width**-2
+        self.gamma = float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+    def get_decay(self, optimization_step: int) -> float:
+        """Share of the average that is kept at a step, numbered from 1."""
+        return (1 - 1 / max(optimization_step, 1)) ** (self.gamma + 1)
+
+
 def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int) -> UNet2DConditionModel:
     """The UNet that a run starts from, on latents (channels, size, size) and text embeddings of `text_width`.
 
@@ -265,9 +290,13 @@ class DiffusionLearner:
             num_warmup_steps=config.warmup,
             num_training_steps=config.decay_steps or config.steps,
         )
-        self.ema = EMAModel(
-            self.modules.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True
-        )
+        self.ema = self._average()
+
+    def _average(self) -> EMAModel:
+        weights, config = list(self.modules.parameters()), self.config
+        if config.ema_width:
+            return PowerAverage(weights, config.ema_width)
+        return EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
 
     def embed(self, captions: list[str]) -> torch.Tensor:
         """Text embeddings (B, L, D), padded to the tokenizer's length as the pipeline pads."""

@@ -20,7 +20,14 @@ from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_c
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
 from train.datasets.latents import split_latents, to_pixels
 from train.datasets.split import Split
-from train.diffusion import DiffusionConfig, DiffusionLearner, denoising_loss, noise_schedule, sample_weights
+from train.diffusion import (
+    DiffusionConfig,
+    DiffusionLearner,
+    PowerAverage,
+    denoising_loss,
+    noise_schedule,
+    sample_weights,
+)
 from train.loop import fit
 
 
@@ -263,7 +270,9 @@ def test_coarse_schedule_ends_in_noise_and_spends_three_times_as_long_where_capt
 
 
 @pytest.mark.parametrize(
-    "options", [{"prediction": "epsilon"}, {"schedule": "coarse_zero_snr"}, {"fixed_captions": True}], ids=str
+    "options",
+    [{"prediction": "epsilon"}, {"schedule": "coarse_zero_snr"}, {"fixed_captions": True}, {"ema_width": 0.1}],
+    ids=str,
 )
 def test_other_schedules_and_captions_train_and_draw(stages, tmp_path, options) -> None:
     _, train, validation, diffusion, _ = stages
@@ -281,6 +290,29 @@ def test_other_schedules_and_captions_train_and_draw(stages, tmp_path, options) 
     image = pipeline("a dermoscopic image with melanoma", num_inference_steps=3, output_type="np").images
     assert np.isfinite(image).all()
     assert image.std() > 0
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_an_average_of_a_width_has_it_however_long_the_run_is(width) -> None:
+    """Weights that are one at a single step give its share of the average: the whole profile, step by step."""
+    for steps in (100, 400):
+        weight = torch.nn.Parameter(torch.zeros(steps))
+        average = PowerAverage([weight], width)
+        for step in range(steps):
+            with torch.no_grad():
+                weight.zero_()[step] = 1.0
+            average.step([weight])
+        profile = average.shadow_params[0].double().numpy()
+        places = (np.arange(steps) + 0.5) / steps
+        assert profile.sum() == pytest.approx(1, abs=1e-5)
+        assert profile.argmax() == steps - 1
+        assert np.sqrt(profile @ places**2 - (profile @ places) ** 2) == pytest.approx(width, rel=0.05)
+
+
+@pytest.mark.parametrize("width", [-0.1, 0.28, float("nan")])
+def test_a_width_that_no_average_has_is_refused(width) -> None:
+    with pytest.raises(InputError, match="ema_width must be above 0"):
+        PowerAverage([torch.nn.Parameter(torch.zeros(1))], width)
 
 
 def test_a_fixed_caption_is_one_an_image_and_a_new_one_is_not(stages, tmp_path) -> None:
