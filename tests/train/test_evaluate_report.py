@@ -218,3 +218,8 @@ def find(pixels: np.ndarray, image: np.ndarray) -> tuple[int, int]:
         if np.array_equal(pixels[top : top + 16, left : left + 16], image):
             return int(top), int(left)
     raise AssertionError("the image is not on the sheet")
+
+
+def test_readme_cards_and_tables_that_ship_show_the_reports_that_ship(monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert run(ReportConfig(check=True))
