@@ -11,7 +11,6 @@ timesteps there, two of twenty sampling steps; the "coarse" one, of Stable Diffu
 """
 
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from train.datasets.latents import split_latents
 from train.datasets.split import Split, open_split, source_weights
 from train.growth import grown
 from train.loop import fit
+from train.power_average import PowerAverage
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -205,27 +205,6 @@ def _shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
         return {name: float(share) for name, share in (text.rsplit("=", 1) for text in texts)}
     except ValueError as error:
         raise InputError(f"{option} must read NAME=SHARE, found {list(texts)}") from error
-
-
-class PowerAverage(EMAModel):
-    """A running average that grows with the run: step i of t weighs i^gamma.
-
-    Its width, the standard deviation of that profile over t, stays the same however long the run is, where that of a
-    fixed decay is right for one length (Karras et al. 2024, arXiv 2312.02696, section 3.1).
-    """
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], width: float) -> None:
-        """Raises InputError for a width outside (0, 0.28): uniform weights, the widest, have 0.29."""
-        if not 0 < width < 0.28:
-            raise InputError(f"ema_width must be above 0 and below 0.28, found {width}")
-        super().__init__(parameters, foreach=True)
-        # width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
-        inverse = width**-2
-        self.gamma = float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
-
-    def get_decay(self, optimization_step: int) -> float:
-        """Share of the average that is kept at a step, numbered from 1."""
-        return (1 - 1 / max(optimization_step, 1)) ** (self.gamma + 1)
 
 
 def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int) -> UNet2DConditionModel:

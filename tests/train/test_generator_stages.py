@@ -23,12 +23,12 @@ from train.datasets.split import Split
 from train.diffusion import (
     DiffusionConfig,
     DiffusionLearner,
-    PowerAverage,
     denoising_loss,
     noise_schedule,
     sample_weights,
 )
 from train.loop import fit
+from train.power_average import PowerAverage
 
 
 def invented_split(name: str, count: int, size_px: int = 32) -> Split:
