@@ -132,7 +132,7 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     assert len(read_history(tmp_path / "reports" / "history-dermatology.json")) == 1
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
-    write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme)))
+    write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
     for shown in ("Prompt accuracy by the judge", "every class as often", "Diagnosis asked for, taken for"):
         assert shown in readme.read_text()
     assert len(read_reports(tmp_path / "reports")) == 1

@@ -130,7 +130,7 @@ def test_choices_are_trained_measured_and_found_again(
         run(config_for(tmp_path, models, shared="--learning-rate 0.1"))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
-    write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme)))
+    write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
     assert "| wider (`--channels 32 64`) |" in readme.read_text()
 
 

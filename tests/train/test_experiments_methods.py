@@ -197,7 +197,7 @@ def test_a_run_goes_on_and_finds_what_is_finished(
     assert by_name["cost_queries"]["adapters"]["ddpo"]["value"]["value"] == 4
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
-    write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme)))
+    write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
     assert "| The paper's (`ddpo`) |" in readme.read_text()
 
 
