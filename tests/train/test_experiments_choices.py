@@ -74,14 +74,16 @@ def test_what_costs_more_a_step_takes_fewer(tmp_path: Path, models: Path) -> Non
 def test_operations_are_counted_as_in_a_convolution_by_hand(tmp_path: Path, models: Path) -> None:
     """Two networks that differ in the width of the latents alone differ in their first and last convolution alone."""
     recipe = read_recipe(config_for(tmp_path, models).diffusion, DiffusionConfig)
-    narrow = tmp_path / "vae"
-    shutil.copytree(models / "vae", narrow)
-    described = json.loads((narrow / "config.json").read_text())
+    more_channels = tmp_path / "vae"
+    shutil.copytree(models / "vae", more_channels)
+    described = json.loads((more_channels / "config.json").read_text())
     more = described["latent_channels"] + 3
-    (narrow / "config.json").write_text(json.dumps({**described, "latent_channels": more}))
+    (more_channels / "config.json").write_text(json.dumps({**described, "latent_channels": more}))
     size = tiny.IMAGE_SIZE_PX // 2 ** (len(described["encoder_block_out_channels"]) - 1)
-    grown = read_recipe(config_for(tmp_path, models).diffusion, DiffusionConfig, ["--autoencoder", str(narrow)])
-    assert unet_flops(grown) - unet_flops(recipe) == 2 * (2 * 3 * 16 * 9 * size * size)
+    with_more = read_recipe(
+        config_for(tmp_path, models).diffusion, DiffusionConfig, ["--autoencoder", str(more_channels)]
+    )
+    assert unet_flops(with_more) - unet_flops(recipe) == 2 * (2 * 3 * 16 * 9 * size * size)
     with pytest.raises(InputError, match="train that stage first"):
         unet_flops(read_recipe(config_for(tmp_path, models).diffusion, DiffusionConfig, ["--autoencoder", "nowhere"]))
 

@@ -278,9 +278,6 @@ def test_other_schedules_and_captions_train_and_draw(stages, tmp_path, options) 
     _, train, validation, diffusion, _ = stages
     config = replace(diffusion, out=str(tmp_path / "run"), **options)
     learner = DiffusionLearner(config, train, validation)
-    said: list[list[str]] = []
-    embed = learner.embed
-    learner.embed = lambda captions: said.append(captions) or embed(captions)
     fit(learner, config)
     pipeline = StableDiffusionPipeline.from_pretrained(
         tmp_path / "run/model", safety_checker=None, torch_dtype=torch.float32
