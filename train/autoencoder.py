@@ -29,6 +29,7 @@ from diffusers.training_utils import EMAModel
 
 from medviz.errors import InputError
 from train import seeding
+from train.ahead import Ahead
 from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
 from train.datasets.split import open_split
@@ -185,6 +186,7 @@ class AutoencoderLearner:
             "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
         self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+        self.batches = Ahead(self.batch, config.steps, config.workers, config.device)
 
     def _vae(self) -> AutoencoderTiny:
         config = self.config
@@ -214,8 +216,9 @@ class AutoencoderLearner:
             seeding.batch_indices(len(images), min(count, len(images)), 0, self.config.seed, "autoencoder-shown")
         ]
 
-    def batch(self, step: int) -> torch.Tensor:
-        """Crops of `step`, float32 (batch, 3, crop_px, crop_px) in [-1, 1], in equal shares from the domains."""
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Crops of `step`, uint8 (batch, crop_px, crop_px, 3), in equal shares from the domains, and noise for their
+        latents, fp32."""
         config, crops = self.config, []
         share = config.batch // len(self.images)
         for d, images in enumerate(self.images):
@@ -225,14 +228,16 @@ class AutoencoderLearner:
                 crop = images[i, top : top + config.crop_px, left : left + config.crop_px]
                 crop = np.rot90(crop, int(rng.integers(4)))
                 crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
-        return to_pixels(np.stack(crops)).to(self.config.device).contiguous(memory_format=torch.channels_last)
+        indices = list(range(step * config.batch, step * config.batch + len(crops)))
+        shape = (config.latent_channels, config.crop_px // BLOCK_PX, config.crop_px // BLOCK_PX)
+        return torch.from_numpy(np.stack(crops)), seeding.normal(shape, config.seed, "autoencoder-noise", 0, indices)
 
-    def update(self, step: int) -> dict[str, float]:
-        config, pixels = self.config, self.batch(step)
+    def update(self, step: int) -> dict[str, float | torch.Tensor]:
+        config = self.config
+        crops, noise = self.batches(step)
+        pixels = to_pixels(crops, config.device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = self.vae.encode(pixels).latents
-        indices = list(range(step * config.batch, step * config.batch + len(latents)))
-        noise = seeding.normal(tuple(latents.shape[1:]), config.seed, "autoencoder-noise", 0, indices)
         output = self.vae.decode(latents + config.latent_noise * noise.to(latents)).sample
         pixel, square, edge = (
             (output - pixels).abs().mean(),
@@ -246,7 +251,7 @@ class AutoencoderLearner:
         self.optimizer.step()
         self.schedule.step()
         self.ema.step(self.parameters)
-        return {"pixel": pixel.item(), "square": square.item(), "edge": edge.item(), "grad_norm": norm.item()}
+        return {"pixel": pixel.detach(), "square": square.detach(), "edge": edge.detach(), "grad_norm": norm}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -273,7 +278,7 @@ class AutoencoderLearner:
         for name, images in zip(self.config.domains, self.images, strict=True):
             errors = []
             with torch.inference_mode():
-                for part in to_pixels(self._shown(images, 256)).to(self.config.device).split(16):
+                for part in to_pixels(self._shown(images, 256), self.config.device).split(16):
                     decoded = self.vae.decode(self.vae.encode(part).latents).sample.clamp(-1, 1)
                     errors.append(((decoded - part) / 2).square().mean(dim=(1, 2, 3)))
             metrics[f"psnr_db_train_{name}"] = float((-10 * torch.log10(torch.cat(errors))).mean())

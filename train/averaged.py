@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from train import seeding
+from train.ahead import Ahead
 
 NORMALISING_BATCHES = 16
 
@@ -21,6 +22,7 @@ class AveragedConfig(Protocol):
 
     seed: int
     device: str
+    workers: int
     steps: int
     learning_rate: float
     weight_decay: float
@@ -50,31 +52,40 @@ class AveragedLearner(ABC):
             "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
         self.ema = EMAModel(model.parameters(), decay=config.ema_decay)
+        self.batches = Ahead(self.changed, config.steps, config.workers, config.device)
 
     @abstractmethod
-    def batch(self, step: int) -> tuple[torch.Tensor, Any]:
-        """Images of `step` as the network reads them, (B, 3, S, S), and what `loss` needs to know of them."""
+    def changed(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed images of `step`, uint8 (B, S, S, 3), and what `loss` needs to know of them."""
 
     @abstractmethod
-    def loss(self, pixels: torch.Tensor, known: Any) -> torch.Tensor:
+    def loss(self, pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, a scalar with its gradient."""
 
-    def pixels(self, images: np.ndarray) -> torch.Tensor:
+    def pixels(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
         """uint8 (B, S, S, 3) as the network reads it: float32 (B, 3, S, S), standardised."""
-        scaled = (images.astype(np.float32) / 255.0 - self.mean.astype(np.float32)) / self.std.astype(np.float32)
-        return torch.from_numpy(scaled).to(self._options.device).permute(0, 3, 1, 2)
+        device = self._options.device
+        mean, std = (torch.from_numpy(row.astype(np.float32)).to(device) for row in (self.mean, self.std))
+        scaled = (torch.as_tensor(images).to(device, non_blocking=True).float() / 255.0 - mean) / std
+        return scaled.permute(0, 3, 1, 2)
 
-    def update(self, step: int) -> dict[str, float]:
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of `step` as the network reads them, (B, 3, S, S), and what `loss` needs to know of them."""
+        images, known = self.changed(step)
+        return self.pixels(images), known
+
+    def update(self, step: int) -> dict[str, float | torch.Tensor]:
         torch.manual_seed(seeding.key(self._options.seed, *self._names, "dropout", step))
         self.model.train()
-        loss = self.loss(*self.batch(step))
+        images, known = self.batches(step)
+        loss = self.loss(self.pixels(images), known)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.ema.step(self.model.parameters())
-        return {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
+        return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
 
     def average(self) -> None:
         """Put the running average in the network's place, with its batch normalisations measured anew."""

@@ -142,8 +142,8 @@ class ClassifierLearner(AveragedLearner):
         odds = np.sqrt(np.maximum(negatives, 1e-9) / np.maximum(positives, 1e-9))
         self.positive_weight = torch.from_numpy(np.clip(odds, 1, 4).astype(np.float32)).to(config.device)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Changed images of `step` as the network reads them, and which they are."""
+    def changed(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed images of `step`, uint8 (B, S, S, 3), and which they are."""
         config, changes = self.config, augment.CLASSIFIER[self.config.domain]
         stage = f"classifier-{config.role}"
         rows = seeding.batch_indices(len(self.train), config.batch, step, config.seed, stage, self.train.sampling)
@@ -151,11 +151,13 @@ class ClassifierLearner(AveragedLearner):
         for position, row in enumerate(rows):
             rng = seeding.numpy_generator(config.seed, stage, "augment", step * config.batch + position)
             changed.append(augment.draw(changes, config.size_px, rng).image(self.train.images[row]))
-        return self.pixels(np.stack(changed)), rows
+        return torch.from_numpy(np.stack(changed)), torch.from_numpy(rows)
 
-    def loss(self, pixels: torch.Tensor, known: np.ndarray) -> torch.Tensor:
+    def loss(self, pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         device = self.config.device
-        targets, weights = (torch.from_numpy(a[known]).to(device) for a in (self.train.targets, self.train.weights))
+        targets, weights = (
+            torch.from_numpy(a[known.numpy()]).to(device) for a in (self.train.targets, self.train.weights)
+        )
         logits = self.model(pixel_values=pixels).logits
         losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive_weight, reduction="none")
         return (losses * weights).sum() / weights.sum().clamp(min=1e-6)

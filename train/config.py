@@ -24,6 +24,9 @@ class StageConfig:
     """Every random draw of the run is a function of it."""
     device: str = "cpu"
     """Torch device, e.g. cpu or cuda."""
+    workers: int = 0
+    """Processes that make batches ahead, in the stages that learn from images; 0: none, the batch waits its turn. For a
+    graphics card, with cores to spare."""
     steps: int = 1000
     """Optimiser steps of the whole run."""
     resume: bool = False

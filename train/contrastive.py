@@ -99,34 +99,36 @@ class ContrastiveLearner:
             "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
 
-    def _loss(self, images: np.ndarray, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _loss(
+        self, images: np.ndarray | torch.Tensor, captions: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(
             self.config.device
         )
         output = self.clip(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
-            pixel_values=to_pixels(images).to(self.config.device),
+            pixel_values=to_pixels(images, self.config.device),
         )
         loss = soft_contrastive_loss(
             output.image_embeds, output.text_embeds, self.clip.logit_scale.exp().clamp(max=100), captions
         )
         return loss, output.image_embeds, output.text_embeds
 
-    def update(self, step: int) -> dict[str, float]:
+    def update(self, step: int) -> dict[str, float | torch.Tensor]:
         config, images, captions = self.config, [], []
         chosen = seeding.batch_indices(len(self.train), config.batch, step, config.seed, "contrastive")
         for j, i in enumerate(chosen):
             key = seeding.key(config.seed, "contrastive", "view", step * config.batch + j)
             captions.append(self.domain.caption(self.train.records[i], random.Random(key)))
-            images.append(dihedral(self.images[i], key % config.orientations))
-        loss, _, _ = self._loss(np.stack(images), captions)
+            images.append(dihedral(torch.from_numpy(self.images[i]), key % config.orientations))
+        loss, _, _ = self._loss(torch.stack(images), captions)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.clip.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
-        return {"loss": loss.item()}
+        return {"loss": loss.detach()}
 
     def state(self) -> dict[str, Any]:
         return {

@@ -31,23 +31,28 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from medviz.domains import get_domain
 from medviz.errors import InputError
 from train import processes, seeding
+from train.ahead import Ahead
 from train.compiling import compiled_forward
 from train.config import StageConfig, parse
 from train.datasets.latents import split_latents
-from train.datasets.split import Split, open_split, source_weights
+from train.datasets.split import Split, open_split
+from train.datasets.weights import sample_weights
 from train.growth import grown
 from train.loop import fit
 from train.power_average import PowerAverage
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
+# Twice the side averages four times the pixels, so the same shapes hide at a log-SNR lower by ln 4 (Hoogeboom et al.
+# 2023, arXiv 2301.11093, equation 3): this is "coarse" for 256 px.
+_COARSER = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.04}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "coarse": _COARSE,
+    "coarser": _COARSER,
     "coarse_zero_snr": {**_COARSE, "rescale_betas_zero_snr": True},
 }
 PREDICTIONS = ("v_prediction", "epsilon")
 SHARD_BYTES = "14MB"
-RAKES = 100  # rounds of iterative proportional fitting: each label's share is right to a thousandth long before
 
 
 @dataclass
@@ -70,7 +75,8 @@ class DiffusionConfig(StageConfig):
     """Both passes in bf16 by autocast, convolutions channels-last; weights, optimiser and loss stay fp32."""
     schedule: str = "coarse"
     """Noise schedule: cosine, or coarse, which spends more timesteps where noise hides all but colour and shape, or
-    coarse_zero_snr, whose last timestep is noise alone (Lin et al. 2024, arXiv 2305.08891, section 3.1)."""
+    coarser, the same for twice the side, or coarse_zero_snr, whose last timestep is noise alone (Lin et al. 2024, arXiv
+    2305.08891, section 3.1)."""
     prediction: str = "v_prediction"
     """What the UNet predicts: v_prediction or epsilon."""
     size_px: int = 128
@@ -171,42 +177,6 @@ def denoising_loss(
     return denoised(unet, latents, prompt_embeds, noise, timesteps, schedule, min_snr_gamma).loss
 
 
-def sample_weights(
-    split: Split, shares: tuple[str, ...], rarity_power: float, label_shares: tuple[str, ...] = ()
-) -> np.ndarray:
-    """How often each image is drawn (N,): its source's share times a power of how rare its rarest label is.
-
-    label_shares: then raked until each named label has its share of what is drawn. Raises InputError for shares that
-    do not read NAME=SHARE, of labels that no image or every image has, or outside (0, 1).
-    """
-    weights = source_weights(split, _shares("source_shares", shares))
-    domain = get_domain(split.domain)
-    present = [[head for head, value in domain.labels(record).items() if value >= 0.5] for record in split.records]
-    counts: dict[str, int] = {}
-    for heads in present:
-        for head in heads:
-            counts[head] = counts.get(head, 0) + 1
-    rarest = np.array([min((counts[h] for h in heads), default=len(split)) for heads in present])
-    weights = weights * (rarest / len(split)) ** -rarity_power
-    wanted = _shares("label_shares", label_shares)
-    for label, share in wanted.items():
-        if not 0 < share < 1 or not 0 < counts.get(label, 0) < len(split):
-            raise InputError(f"label_shares cannot give {label!r} {share}: {counts.get(label, 0)} images have it")
-    having = {label: np.array([label in heads for heads in present]) for label in wanted}
-    for _ in range(RAKES if wanted else 0):
-        for label, share in wanted.items():
-            now = weights[having[label]].sum() / weights.sum()
-            weights = weights * np.where(having[label], share / now, (1 - share) / (1 - now))
-    return weights
-
-
-def _shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
-    try:
-        return {name: float(share) for name, share in (text.rsplit("=", 1) for text in texts)}
-    except ValueError as error:
-        raise InputError(f"{option} must read NAME=SHARE, found {list(texts)}") from error
-
-
 def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int) -> UNet2DConditionModel:
     """The UNet that a run starts from, on latents (channels, size, size) and text embeddings of `text_width`.
 
@@ -270,6 +240,7 @@ class DiffusionLearner:
             num_training_steps=config.decay_steps or config.steps,
         )
         self.ema = self._average()
+        self.batches = Ahead(self.batch, config.steps, config.workers, config.device)
 
     def _average(self) -> EMAModel:
         weights, config = list(self.modules.parameters()), self.config
@@ -277,12 +248,16 @@ class DiffusionLearner:
             return PowerAverage(weights, config.ema_width)
         return EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
 
-    def embed(self, captions: list[str]) -> torch.Tensor:
-        """Text embeddings (B, L, D), padded to the tokenizer's length as the pipeline pads."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids.to(self.config.device))[0]
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Text embeddings (B, L, D) of tokens int64 (B, L)."""
+        return self.text_encoder(tokens.to(self.config.device, non_blocking=True))[0]
 
-    def update(self, step: int) -> dict[str, float]:
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """Tokens int64 (B, L), padded to the tokenizer's length as the pipeline pads."""
+        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of `step`, this process's rows: latents fp16 and noise fp32 (B, C, h, w), tokens (B, L), timesteps (B,)."""
         config = self.config
         chosen = seeding.batch_indices(len(self.train), config.batch, step, config.seed, "diffusion", self.weights)
         mine = processes.share(config.batch)
@@ -294,17 +269,21 @@ class DiffusionLearner:
             wording = random.Random(seeding.key(config.seed, "wording", int(i))) if config.fixed_captions else rng
             captions.append("" if dropped else self.domain.caption(self.train.records[i], wording))
             latents.append(self.latents[rng.randrange(config.orientations), i])
-        clean = torch.stack(latents).float().to(config.device)
-        noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "diffusion-noise", 0, samples).to(clean)
+        clean = torch.stack(latents)
+        noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "diffusion-noise", 0, samples)
         # stratified over the batch: the same expectation as independent draws, with less variance
         offset = seeding.numpy_generator(config.seed, "timesteps", step).random()
         places = ((np.arange(config.batch) + offset) / config.batch * self.schedule.config.num_train_timesteps).astype(
             np.int64
         )
-        timesteps = torch.from_numpy(places[mine]).to(config.device)
+        return clean, noise, self.tokens(captions), torch.from_numpy(places[mine])
+
+    def update(self, step: int) -> dict[str, float | torch.Tensor]:
+        config = self.config
+        latents, noise, tokens, timesteps = (part.to(config.device, non_blocking=True) for part in self.batches(step))
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
             losses = denoising_loss(
-                self.predict, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma
+                self.predict, latents.float(), self.embed(tokens), noise, timesteps, self.schedule, config.min_snr_gamma
             )
         loss = losses.sum() / config.batch
         self.optimizer.zero_grad(set_to_none=True)
@@ -314,7 +293,7 @@ class DiffusionLearner:
         self.optimizer.step()
         self.rates.step()
         self.ema.step(self.modules.parameters())
-        return processes.total({"loss": loss.item()}) | {"grad_norm": norm.item()}
+        return {"loss": processes.summed(loss.detach()), "grad_norm": norm}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -337,13 +316,15 @@ class DiffusionLearner:
         with torch.inference_mode():
             for start in range(0, count, batch):
                 indices = list(range(start, min(start + batch, count)))
-                captions = [self.domain.caption(self.validation.records[i], random.Random(i)) for i in indices]
+                tokens = self.tokens(
+                    [self.domain.caption(self.validation.records[i], random.Random(i)) for i in indices]
+                )
                 clean = self.validation_latents[indices].float().to(config.device)
                 noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "validation-noise", 0, indices).to(clean)
                 timesteps = torch.tensor([(i * 997) % 1000 for i in indices], device=config.device)
                 losses.append(
                     denoising_loss(
-                        self.unet, clean, self.embed(captions), noise, timesteps, self.schedule, config.min_snr_gamma
+                        self.unet, clean, self.embed(tokens), noise, timesteps, self.schedule, config.min_snr_gamma
                     )
                 )
         return torch.cat(losses).mean().item(), count

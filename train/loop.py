@@ -8,9 +8,11 @@ import logging
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
 
 from medviz.errors import ModelError
@@ -30,8 +32,9 @@ class Learner(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
 
-    def update(self, step: int) -> dict[str, float]:
-        """One optimiser step, random by `train.seeding` with this step's number alone. Returns figures to log."""
+    def update(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        """One optimiser step, random by `train.seeding` with this step's number alone. Returns figures to log; those
+        still on a graphics card are read when they are logged, so that no step waits for the last one's."""
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write the finished model and return the final metrics."""
@@ -58,7 +61,7 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
     elif checkpoint.steps(out):
         raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
     began = saved = time.monotonic()
-    sums: dict[str, list[float]] = defaultdict(list)
+    sums: dict[str, list[float | torch.Tensor]] = defaultdict(list)
     page = Tracker(config) if tracker is None else tracker
 
     def elapsed() -> float:
@@ -74,7 +77,7 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
                 sums[name].append(figure)
             bar.update()
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                means = {name: sum(figures) / len(figures) for name, figures in sums.items()}
+                means = {name: sum(map(float, figures)) / len(figures) for name, figures in sums.items()}
                 sums.clear()
                 log.write(json.dumps({**means, "step": step + 1, "trained_s": round(elapsed(), 1)}) + "\n")
                 log.flush()

@@ -112,6 +112,11 @@ def total(figures: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, sums.tolist(), strict=True))
 
 
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's `values`, which stay where they were; they themselves in a run of one process."""
+    return values if size() == 1 else _summed(values)
+
+
 def greatest(figure: float) -> float:
     """The greatest of the processes' figures."""
     return float(gather(torch.tensor([figure], dtype=torch.float64), size()).max())

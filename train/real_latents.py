@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
 from train.datasets.latents import split_latents
 from train.datasets.split import Split, open_split
-from train.diffusion import sample_weights
+from train.datasets.weights import sample_weights
 
 
 @dataclass

@@ -177,8 +177,8 @@ class SegmenterLearner(AveragedLearner):
         super().__init__(config, ("segmenter",), model, pixels.mean(axis=0), pixels.std(axis=0) + 1e-3)
         self.sampling = sampling_weights(train.sources, config.source_shares)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Changed images of `step` as the network reads them, and their labels uint8 (B, S, S)."""
+    def changed(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed images of `step`, uint8 (B, S, S, 3), and their labels uint8 (B, S, S)."""
         config, changes, swapped = self.config, augment.SEGMENTER[self.config.domain], SWAPPED[self.config.domain]
         count = len(self.train.images)
         rows = seeding.batch_indices(count, config.batch, step, config.seed, "segmenter", self.sampling)
@@ -188,10 +188,14 @@ class SegmenterLearner(AveragedLearner):
             change = augment.draw(changes, config.size_px, rng)
             images.append(change.image(self.train.images[row]))
             labels.append(change.labels(self.train.labels[row], swapped))
-        return self.pixels(np.stack(images)).contiguous(), torch.from_numpy(np.stack(labels)).to(config.device)
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+
+    def pixels(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        return super().pixels(images).contiguous()
 
     def loss(self, pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        return segmentation_loss(self.model(pixel_values=pixels).logits, known, self.config.dice_weight)
+        labels = known.to(self.config.device)
+        return segmentation_loss(self.model(pixel_values=pixels).logits, labels, self.config.dice_weight)
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write the averaged weights and classes.json; returns Dice on validation images."""

@@ -20,12 +20,12 @@ from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_c
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
 from train.datasets.latents import split_latents, to_pixels
 from train.datasets.split import Split
+from train.datasets.weights import sample_weights
 from train.diffusion import (
     DiffusionConfig,
     DiffusionLearner,
     denoising_loss,
     noise_schedule,
-    sample_weights,
 )
 from train.loop import fit
 from train.power_average import PowerAverage
@@ -256,11 +256,18 @@ def test_equal_captions_share_the_target() -> None:
 
 
 def test_coarse_schedule_ends_in_noise_and_spends_three_times_as_long_where_captions_decide() -> None:
-    log_snr = {name: torch.logit(noise_schedule(name).alphas_cumprod.double()) for name in ("cosine", "coarse")}
+    log_snr = {
+        name: torch.logit(noise_schedule(name).alphas_cumprod.double()) for name in ("cosine", "coarse", "coarser")
+    }
     assert log_snr["coarse"][-1] < -10
     assert log_snr["coarse"][0] > 9
     assert (log_snr["coarse"] < -3.7).sum() > 2.9 * (log_snr["cosine"] < -3.7).sum()
-    with pytest.raises(InputError, match="schedule must be one of cosine, coarse, coarse_zero_snr, found 'linear'"):
+    # at twice the side the same shapes hide four times the noise power further down
+    hidden = (log_snr["coarser"] < -3.7 - np.log(4)).sum() / (log_snr["coarse"] < -3.7).sum()
+    assert hidden == pytest.approx(1, abs=0.06)
+    with pytest.raises(
+        InputError, match="schedule must be one of cosine, coarse, coarser, coarse_zero_snr, found 'linear'"
+    ):
         noise_schedule("linear")
     with pytest.raises(InputError, match="prediction must be one of v_prediction, epsilon, found 'x0'"):
         noise_schedule("coarse", "x0")
@@ -319,10 +326,10 @@ def test_a_fixed_caption_is_one_an_image_and_a_new_one_is_not(stages, tmp_path) 
         config = replace(diffusion, out=str(tmp_path / f"{fixed}"), batch=12, caption_dropout=0.0, fixed_captions=fixed)
         learner = DiffusionLearner(config, train, validation)
         said: list[str] = []
-        embed = learner.embed
-        learner.embed = lambda captions, said=said, embed=embed: said.extend(captions) or embed(captions)
+        tokens = learner.tokens
+        learner.tokens = lambda captions, said=said, tokens=tokens: said.extend(captions) or tokens(captions)
         for step in range(6):
-            learner.update(step)
+            learner.batch(step)
         wordings[fixed] = set(said)
     assert len(wordings[True]) <= len(train) < len(wordings[False])
 

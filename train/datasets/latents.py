@@ -17,18 +17,19 @@ from train.datasets.split import Split
 Autoencoder: TypeAlias = AutoencoderTiny | AutoencoderKL
 
 
-def dihedral(image: np.ndarray, element: int) -> np.ndarray:
+def dihedral(image: torch.Tensor, element: int) -> torch.Tensor:
     """The image (H, W, 3) turned by `element % 4` quarter turns, then mirrored if `element >= 4`.
 
     Skin has no up or left; a chest has, so radiology never uses more than element 0.
     """
-    turned = np.rot90(image, element % 4)
-    return np.ascontiguousarray(turned[:, ::-1] if element >= 4 else turned)
+    turned = torch.rot90(image, element % 4)
+    return turned.flip(1) if element >= 4 else turned
 
 
-def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+def to_pixels(images: np.ndarray | torch.Tensor, device: str | torch.device = "cpu") -> torch.Tensor:
+    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1] on `device`, where the work is done."""
+    moved = (torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images).to(device)
+    return moved.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
@@ -61,11 +62,11 @@ def split_latents(
     with torch.inference_mode(), tqdm(total=variants * len(split), unit="image", desc=f"latents {split.name}") as bar:
         for variant in range(variants):
             for start in range(0, len(images), batch):
-                part = images[start : start + batch]
+                part = torch.from_numpy(images[start : start + batch]).to(vae.device)
                 if variant:
                     chosen = [seeding.key(seed, "orientation", variant, start + j) % 7 + 1 for j in range(len(part))]
-                    part = np.stack([dihedral(image, element) for image, element in zip(part, chosen, strict=True)])
-                encoded.append(encode(vae, to_pixels(part)).half().cpu())
+                    part = torch.stack([dihedral(image, element) for image, element in zip(part, chosen, strict=True)])
+                encoded.append(encode(vae, to_pixels(part, vae.device)).half().cpu())
                 bar.update(len(part))
     latents = torch.cat(encoded).unflatten(0, (variants, len(images)))
     cache.mkdir(parents=True, exist_ok=True)

@@ -46,18 +46,18 @@ class DiseaseLearner(AveragedLearner):
         model.to(config.device, memory_format=torch.channels_last)
         super().__init__(config, (STAGE,), model, pixels.mean, pixels.std)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Changed images of `step` as the network reads them, (B, 3, S, S), and which they are."""
+    def changed(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed images of `step`, uint8 (B, S, S, 3), and which they are."""
         config, changes = self.config, augment.CLASSIFIER[self.config.domain]
         rows = seeding.batch_indices(len(self.shown.labels), config.batch, step, config.seed, STAGE)
         changed = []
         for position, row in enumerate(rows):
             rng = seeding.numpy_generator(config.seed, STAGE, "augment", step * config.batch + position)
             changed.append(augment.draw(changes, config.size_px, rng).image(self.shown.images[row]))
-        return self.pixels(np.stack(changed)), rows
+        return torch.from_numpy(np.stack(changed)), torch.from_numpy(rows)
 
-    def loss(self, pixels: torch.Tensor, known: np.ndarray) -> torch.Tensor:
-        labels = torch.from_numpy(self.shown.labels[known]).to(self.config.device)
+    def loss(self, pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        labels = torch.from_numpy(self.shown.labels[known.numpy()]).to(self.config.device)
         return F.cross_entropy(self.model(pixel_values=pixels).logits, labels)
 
     def export(self, folder: Path) -> dict[str, Any]:
