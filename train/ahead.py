@@ -30,8 +30,8 @@ def _alone(worker: int) -> None:
 class Ahead(Generic[T]):
     """`make(step)`, called with steps in order; with workers made up to `READY` steps ahead by each of so many.
 
-    make: touches no graphics card, and hands back a tuple of tensors, which workers leave in memory that a card copies
-    from without waiting.
+    make: touches no graphics card, and hands back a tuple of tensors and text; workers leave tensors in memory that a
+    card copies from without waiting.
     """
 
     def __init__(self, make: Callable[[int], T], steps: int, workers: int, device: str) -> None:

@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModelWi
 
 from medviz.domains import get_domain
 from train import seeding
+from train.ahead import Ahead
 from train.config import StageConfig, parse
 from train.datasets.latents import dihedral, to_pixels
 from train.datasets.split import Split, open_split
@@ -98,6 +99,7 @@ class ContrastiveLearner:
         self.schedule = get_scheduler(
             "cosine", self.optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps
         )
+        self.batches = Ahead(self.batch, config.steps, config.workers, config.device)
 
     def _loss(
         self, images: np.ndarray | torch.Tensor, captions: list[str]
@@ -115,14 +117,18 @@ class ContrastiveLearner:
         )
         return loss, output.image_embeds, output.text_embeds
 
-    def update(self, step: int) -> dict[str, float | torch.Tensor]:
+    def batch(self, step: int) -> tuple[torch.Tensor, list[str]]:
+        """Images of `step`, uint8 (B, S, S, 3), and their captions."""
         config, images, captions = self.config, [], []
         chosen = seeding.batch_indices(len(self.train), config.batch, step, config.seed, "contrastive")
         for j, i in enumerate(chosen):
             key = seeding.key(config.seed, "contrastive", "view", step * config.batch + j)
             captions.append(self.domain.caption(self.train.records[i], random.Random(key)))
             images.append(dihedral(torch.from_numpy(self.images[i]), key % config.orientations))
-        loss, _, _ = self._loss(torch.stack(images), captions)
+        return torch.stack(images), captions
+
+    def update(self, step: int) -> dict[str, float | torch.Tensor]:
+        loss, _, _ = self._loss(*self.batches(step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.clip.parameters(), 1.0)

@@ -356,5 +356,5 @@ class DistilLearner:
 def main(arguments: list[str]) -> None:
     """`python -m train distil RECIPE [overrides]`."""
     config = parse(arguments, DistilConfig)
-    pipeline = open_pipeline(config.base, config.device)
+    pipeline = open_pipeline(config.base, config.device, config.autoencoder)
     fit(DistilLearner(config, pipeline, Path(config.out).parent), config)

@@ -49,6 +49,9 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
     goes on). Raises ModelError when `resume` finds no sound checkpoint, or when a fresh run would overwrite one.
     Of several processes each updates its learner; the main one alone writes, and the others return None.
     """
+    if config.device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True  # every step has the shapes of the first
+        torch.set_float32_matmul_precision("high")
     out, main = Path(config.out), processes.is_main()
     out.mkdir(parents=True, exist_ok=True)
     start, trained_s = 0, 0.0

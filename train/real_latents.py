@@ -18,7 +18,8 @@ class RealLatentsConfig:
 
     domain: str = "dermatology"
     autoencoder: str = ""
-    """Folder of the autoencoder whose latents of real images are used; empty: the pipeline's own."""
+    """Folder of the autoencoder that reads real images and draws pictures, its encoder the one that the generator
+    learnt on; empty: the pipeline's own."""
     latents: str = "runs/latents"
     """Folder in which latents are kept; those of the diffusion stage with the same autoencoder are found there."""
     latents_seed: int = 0

@@ -20,9 +20,12 @@ PIPELINE = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet"
 def restore(parts: Parts, folder: Path) -> list[str]:
     """Copy the parts of the model folder `folder` to where the recipe says they came from; returns the places written.
 
-    Raises ModelError when the folder's files are not those of its manifest.
+    Raises ModelError when the folder's files are not those of its manifest, InputError when another preset's recipe made
+    it: its runs would go by the names of others.
     """
     manifest = read_manifest(folder)
+    if manifest.preset != parts.preset:
+        raise InputError(f"{folder} was made by the preset {manifest.preset!r}, the recipe is of {parts.preset!r}")
     verify(folder, manifest)
     places = {
         parts.pipeline: PIPELINE,

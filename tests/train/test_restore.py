@@ -112,3 +112,9 @@ def test_a_few_step_adapter_must_have_learnt_the_folders_guidance(folder, parts)
         assemble(fast, folder)
     with pytest.raises(InputError, match="'other' is not among weak, whole"):
         assemble(replace(parts, few_step_adapter="other"), folder)
+
+
+def test_what_another_preset_made_is_not_taken_for_its_runs(folder, parts, tmp_path):
+    with pytest.raises(InputError, match="made by the preset 'cpu', the recipe is of 'gpu'"):
+        restore(replace(parts, preset="gpu"), folder)
+    assert not (tmp_path / "runs").exists()

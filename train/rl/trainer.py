@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 
 from medviz.domains import get_domain
 from medviz.domains.base import Domain, ParsedPrompt
@@ -38,13 +38,17 @@ from train.rl.scoring import Scorer
 from train.tracking import Tracker
 
 
-def open_pipeline(folder: str, device: str) -> StableDiffusionPipeline:
-    """The pipeline in `folder`, fp32, frozen, without adapters. Raises ModelError when it cannot be loaded."""
+def open_pipeline(folder: str, device: str, autoencoder: str = "") -> StableDiffusionPipeline:
+    """The pipeline in `folder`, fp32, frozen, without adapters; with the autoencoder in that folder, if one is named.
+
+    Raises ModelError when it cannot be loaded."""
     if not (Path(folder) / "model_index.json").is_file():
         raise ModelError(f"no pipeline in {folder!r} (model_index.json is missing): train the diffusion stage first")
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, use_safetensors=True, local_files_only=True
     )
+    if autoencoder:
+        pipeline.vae = AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
@@ -150,7 +154,7 @@ def main(arguments: list[str]) -> None:
     processes.join(config.device)
     tracker = Tracker(config)
     domain = get_domain(config.domain)
-    pipeline = open_pipeline(config.base, config.device)
+    pipeline = open_pipeline(config.base, config.device, config.autoencoder)
     if config.compile:
         pipeline.unet.forward = compiled_forward(pipeline.unet)
     spare_memory(config, pipeline)
