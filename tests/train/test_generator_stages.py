@@ -406,6 +406,18 @@ def test_a_learning_rate_can_fall_over_more_steps_than_a_stage_has(stages, tmp_p
     assert learner.rates.get_last_lr() == pytest.approx([config.learning_rate / 2])
 
 
+def test_batches_made_by_workers_train_the_same_weights_bit_for_bit(stages, tmp_path) -> None:
+    _, train, validation, diffusion, _ = stages
+    trained = []
+    for workers in (0, 2):
+        config = replace(diffusion, out=str(tmp_path / f"{workers}"), steps=3, workers=workers)
+        learner = DiffusionLearner(config, train, validation)
+        for step in range(config.steps):
+            learner.update(step)
+        trained.append(learner.modules.state_dict())
+    assert all(torch.equal(alone, trained[1][name]) for name, alone in trained[0].items())
+
+
 def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     together = seeding.normal((2, 3), 0, "x", 4, [0, 1, 2])
     alone = seeding.normal((2, 3), 0, "x", 4, [1])

@@ -132,6 +132,16 @@ def test_the_baseline_is_opened_frozen_and_without_adapters(model_root):
     assert not pipeline.unet.training
 
 
+def test_pictures_are_drawn_by_the_decoder_that_is_named(model_root, tmp_path):
+    folder = model_root / "dermatology"
+    other = open_pipeline(str(folder), "cpu").vae
+    torch.nn.init.zeros_(next(iter(other.decoder.parameters())))
+    other.save_pretrained(tmp_path)
+    drawn_by = open_pipeline(str(folder), "cpu", str(tmp_path)).vae
+    assert not next(iter(drawn_by.decoder.parameters())).any()
+    assert not any(p.requires_grad for p in drawn_by.parameters())
+
+
 def test_a_missing_pipeline_names_the_folder(tmp_path):
     with pytest.raises(ModelError, match=r"model_index\.json"):
         open_pipeline(str(tmp_path), "cpu")
