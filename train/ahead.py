@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import cv2
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
@@ -60,5 +61,6 @@ class Ahead(Generic[T]):
                 pin_memory=self.pinned,
                 multiprocessing_context="fork",
                 worker_init_fn=_alone,
+                generator=torch.Generator(),  # the loader draws a seed that nothing here uses, and not from the run's
             )
         )

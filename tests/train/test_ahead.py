@@ -24,6 +24,13 @@ def test_workers_are_other_processes() -> None:
     assert Ahead(_batch, 4, 1, "cpu")(0)[1].item() != os.getpid()
 
 
+def test_workers_draw_nothing_from_the_runs_own_generator() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    Ahead(_batch, 4, 1, "cpu")(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_fails_in_a_worker_fails_the_run() -> None:
     def broken(step: int) -> tuple[torch.Tensor, ...]:
         raise ValueError(f"no batch {step}")
