@@ -20,8 +20,8 @@ PIPELINE = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet"
 def restore(parts: Parts, folder: Path) -> list[str]:
     """Copy the parts of the model folder `folder` to where the recipe says they came from; returns the places written.
 
-    Raises ModelError when the folder's files are not those of its manifest, InputError when another preset's recipe made
-    it: its runs would go by the names of others.
+    Raises ModelError when the folder's files are not those of its manifest, InputError when another preset's recipe
+    made it: its runs would go by the names of others.
     """
     manifest = read_manifest(folder)
     if manifest.preset != parts.preset:
