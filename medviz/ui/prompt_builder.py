@@ -9,6 +9,14 @@ from medviz.domains import NOT_STATED, Domain
 from medviz.domains.base import ParsedPrompt
 from medviz.ui.guard import telling
 
+ONCE = """(...chosen) => {
+    const last = window.mvChosen ?? {}, now = {key: JSON.stringify(chosen), at: Date.now()};
+    window.mvChosen = now;
+    return last.key === now.key && now.at - last.at < 500 ? chosen.map(() => null) : chosen;
+}"""
+"""Gradio tells of a choice twice, as chosen and as left: the second, which might come back after a person has typed
+something else, is sent without choices."""
+
 
 class PromptBuilder:
     """The menus of one domain, in a group of their own, wired to the prompt's text box."""
@@ -34,11 +42,20 @@ class PromptBuilder:
         for menu in self.menus:
             # `input` is a person's choice alone: what the program sets does not write the prompt again.
             menu.input(
-                self.write, self.menus, [prompt, unknown], queue=False, show_progress="hidden", api_visibility="private"
+                self.write,
+                self.menus,
+                [prompt, unknown],
+                queue=False,
+                js=ONCE,
+                show_progress="hidden",
+                api_visibility="private",
             )
 
-    def write(self, *chosen: str | Sequence[str] | None) -> tuple[str, dict[str, Any]]:
-        """Return the prompt of the menus' choices, and an empty line of unknown words."""
+    def write(self, *chosen: str | Sequence[str] | None) -> tuple[Any, Any]:
+        """Return the prompt of the menus' choices, and an empty line of unknown words; no change where no menu says
+        anything, see `ONCE`: what is not stated is a choice, too."""
+        if all(choice is None for choice in chosen):
+            return gr.skip(), gr.skip()
         values = {
             field.name: choice
             for field, choice in zip(self.domain.fields, chosen, strict=True)

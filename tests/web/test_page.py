@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from medviz.domains import get_domain
 from tests.dicoms import dicom, ramp
 from tests.web.conftest import STEPS
 
@@ -165,6 +166,23 @@ def test_menus_write_the_prompt_and_the_prompt_sets_the_menus(page: Page) -> Non
     prompt.fill("a dermoscopic image with nevus (NV) on a quokka")
     prompt.blur()
     expect(page.locator("#mv-unknown textarea, #mv-unknown input")).to_have_value(re.compile("quokka"))
+
+
+def test_a_choice_writes_the_prompt_once(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What came back a second time would overwrite what a person typed in between.
+    domain, written = get_domain("dermatology"), []
+    build = type(domain).build_prompt
+    monkeypatch.setattr(
+        type(domain), "build_prompt", lambda self, values: written.append(values) or build(self, values)
+    )
+    prompt = page.locator("#mv-prompt textarea")
+    for sex in ("female", "male"):
+        page.locator("#mv-field-dermatology-sex input").click()
+        page.get_by_role("option", name=sex, exact=True).click()
+        expect(prompt).to_have_value(re.compile(f"\\b{sex}"))
+        prompt.click()
+        page.wait_for_timeout(700)
+    assert [values["sex"] for values in written] == ["female", "male"]
 
 
 def test_a_draft_follows_the_prompt_where_the_domain_can_draw_one(page: Page) -> None:
