@@ -16,6 +16,7 @@ from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
+from train.datasets.latents import check_same_encoder
 
 SOURCES: dict[str, list[dict[str, str]]] = {
     "dermatology": [
@@ -137,10 +138,7 @@ def _halve(folder: Path) -> None:
 def _replace_autoencoder(place: Path, source: str) -> None:
     """Put the autoencoder `source` at `place`; InputError when its encoder is not the one the generator learnt on."""
     trained_on, shipped = (AutoencoderTiny.from_pretrained(folder, dtype=torch.bfloat16) for folder in (place, source))
-    ours = trained_on.encoder.state_dict()
-    theirs = shipped.encoder.state_dict()
-    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
-        raise InputError(f"the encoder of {source} is not the one that the generator was trained on")
+    check_same_encoder(trained_on, shipped, source)
     shutil.rmtree(place)
     shipped.save_pretrained(place)
 

@@ -140,6 +140,10 @@ def test_pictures_are_drawn_by_the_decoder_that_is_named(model_root, tmp_path):
     drawn_by = open_pipeline(str(folder), "cpu", str(tmp_path)).vae
     assert not next(iter(drawn_by.decoder.parameters())).any()
     assert not any(p.requires_grad for p in drawn_by.parameters())
+    torch.nn.init.ones_(next(iter(other.encoder.parameters())))
+    other.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="not the one that the generator was trained on"):
+        open_pipeline(str(folder), "cpu", str(tmp_path))
 
 
 def test_a_missing_pipeline_names_the_folder(tmp_path):

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from medviz.errors import InputError
 from train import seeding
 from train.datasets.split import Split
 
@@ -30,6 +31,16 @@ def to_pixels(images: np.ndarray | torch.Tensor, device: str | torch.device = "c
     """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1] on `device`, where the work is done."""
     moved = (torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images).to(device)
     return moved.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def check_same_encoder(learnt_on: AutoencoderTiny, other: AutoencoderTiny, source: str) -> None:
+    """Raises InputError when the encoder of `other`, from the folder `source`, is not in bf16 that of `learnt_on`."""
+    ours, theirs = (
+        {name: t.to("cpu", torch.bfloat16) for name, t in vae.encoder.state_dict().items()}
+        for vae in (learnt_on, other)
+    )
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        raise InputError(f"the encoder of {source} is not the one that the generator was trained on")
 
 
 def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:

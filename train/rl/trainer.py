@@ -26,6 +26,7 @@ from train import processes, seeding
 from train.classifier import HALVES
 from train.compiling import compiled_forward
 from train.config import parse
+from train.datasets.latents import check_same_encoder
 from train.datasets.split import open_split
 from train.evaluate.features import FeatureSpace
 from train.loop import fit
@@ -41,14 +42,17 @@ from train.tracking import Tracker
 def open_pipeline(folder: str, device: str, autoencoder: str = "") -> StableDiffusionPipeline:
     """The pipeline in `folder`, fp32, frozen, without adapters; with the autoencoder in that folder, if one is named.
 
-    Raises ModelError when it cannot be loaded."""
+    Raises ModelError when it cannot be loaded, InputError for an autoencoder with another encoder.
+    """
     if not (Path(folder) / "model_index.json").is_file():
         raise ModelError(f"no pipeline in {folder!r} (model_index.json is missing): train the diffusion stage first")
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, use_safetensors=True, local_files_only=True
     )
     if autoencoder:
-        pipeline.vae = AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float32)
+        named = AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float32)
+        check_same_encoder(pipeline.vae, named, autoencoder)
+        pipeline.vae = named
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
