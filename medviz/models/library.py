@@ -99,13 +99,19 @@ class ModelLibrary:
     """The model folders under one root (assets/models); every domain is verified and loaded on its first use.
 
     root: a folder of domain folders, each with its manifest.json. device: a torch device; None takes CUDA when there
-    is one. Raises ModelError for a device that is not there.
+    is one. dtype: of the generator's weights; None takes fp32 on a CPU and half precision on a card. Raises ModelError
+    for a device that is not there.
     """
 
-    def __init__(self, root: Path | None = None, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.root = Path(root) if root is not None else DEFAULT_ROOT
         self.device = _choose_device(device)
-        self.dtype = _choose_dtype(self.device)
+        self.dtype = dtype or _choose_dtype(self.device)
         self._loaded: dict[str, LoadedDomain] = {}
 
     def domains(self) -> tuple[str, ...]:

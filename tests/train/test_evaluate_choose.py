@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
 from tests import tiny
@@ -58,6 +61,28 @@ def test_pictures_already_drawn_are_found_again(config: ChooseConfig) -> None:
     assert choose(config) == first
     assert drawn == {path: path.stat().st_mtime_ns for path in Path(config.out).glob("pictures/*/images-*.npz")}
     assert len(drawn) == 2 * 3 * 2  # scales, shares with the baseline, batches
+
+
+def test_the_decoder_that_is_named_draws_and_half_precision_is_another_picture(config: ChooseConfig) -> None:
+    """None of them is taken for another's stored pictures."""
+    places = [set(Path(config.out).glob("pictures/*"))]
+    for options in ({}, {"bf16": True}, {"autoencoder": str(Path(config.pipeline, "vae"))}):
+        choose(replace(config, guidance_scales=(1.0,), strengths=(1.0,), **options))
+        places.append(set(Path(config.out).glob("pictures/*")))
+    # the pipeline's own decoder, named, is the same weights: nothing is drawn again
+    assert [len(found) for found in places] == [0, 2, 4, 4]
+    decoder = Path(config.out, "decoder")
+    shutil.copytree(Path(config.pipeline, "vae"), decoder)
+    weights = load_file(decoder / "diffusion_pytorch_model.safetensors")
+    last = max(name for name in weights if name.startswith("decoder") and name.endswith("weight"))
+    save_file(weights | {last: weights[last] * 0.5}, decoder / "diffusion_pytorch_model.safetensors")
+    choose(replace(config, guidance_scales=(1.0,), strengths=(1.0,), autoencoder=str(decoder)))
+    drawn = {
+        path.parent.name: np.load(path)["images"] for path in Path(config.out).glob("pictures/*/images-000000.npz")
+    }
+    assert len(drawn) == 6
+    pictures = list(drawn.values())
+    assert not any(np.array_equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
 
 
 def test_a_choice_of_nothing_and_a_share_of_too_much_are_refused(config: ChooseConfig, tmp_path: Path) -> None:

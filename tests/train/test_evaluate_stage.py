@@ -138,6 +138,20 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     assert len(read_reports(tmp_path / "reports")) == 1
 
 
+def test_half_precision_is_drawn_anew_and_recorded(
+    model_root: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDVIZ_DATA", str(images_folder))
+    reports = [run(config_for(model_root, tmp_path, per_class=0, bf16=bf16)) for bf16 in (False, True)]
+    assert [report["settings"]["precision"] for report in reports] == ["float32", "bfloat16"]
+    # grid, captions and a sheet by two models, each in either precision
+    assert len(list((tmp_path / "run" / "pictures").iterdir())) == 12
+    margins = [next(f for f in report["figures"] if f["name"] == "reward_margin_grid") for report in reports]
+    full, half = (figure["baseline"]["value"] for figure in margins)
+    assert full != half
+    assert half == pytest.approx(full, abs=0.05)
+
+
 def test_every_option_out_of_range_is_named(model_root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="seeds_per_prompt must be at least 2"):
         run(config_for(model_root, tmp_path, seeds_per_prompt=1))

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.models.adapters import load_lora
-from medviz.models.manifest import hash_file
 from medviz.rewards.classifier import AttributeClassifier
 from train.assemble import weaken
 from train.config import GuidedConfig, parse
@@ -26,7 +26,7 @@ from train.datasets.split import open_split
 from train.evaluate.alignment import agreement
 from train.evaluate.features import independent_space, judge_space
 from train.evaluate.fidelity import kernel_distance, kernel_distance_change
-from train.evaluate.generated import caption_request, generate
+from train.evaluate.generated import caption_request, file_records, generate
 from train.evaluate.measure import BASELINE
 from train.evaluate.real import RealImages, real_images
 from train.evaluate.stage import readings
@@ -42,7 +42,9 @@ class ChooseConfig(GuidedConfig):
     """Denoising steps of a picture."""
     domain: str = "dermatology"
     pipeline: str = ""
-    """Folder of the generator; its autoencoder is `autoencoder` where that is named."""
+    """Folder of the generator."""
+    autoencoder: str = ""
+    """Folder of the autoencoder that decodes; empty: the pipeline's own."""
     adapter: str = ""
     """Folder of the LoRA adapter."""
     judge: str = ""
@@ -55,6 +57,8 @@ class ChooseConfig(GuidedConfig):
     """Validation images whose captions are drawn once each (at most half of the split)."""
     batch: int = 16
     """Pictures drawn at a time."""
+    bf16: bool = False
+    """Draw in bf16: half the time, where the processor has instructions for it."""
     report: str = ""
     """JSON file to write beside the one in `out`; empty: none."""
 
@@ -65,19 +69,23 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     Raises InputError for a strength out of range, ModelError for a pipeline that is missing.
     """
     domain, place = get_domain(config.domain), Path(config.out)
-    pipeline = open_pipeline(config.pipeline, config.device)
+    pipeline = open_pipeline(config.pipeline, config.device, config.autoencoder)
     size_px = int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
     real = real_images(open_split(config.domain, "validation"), domain, config.captions, size_px, config.seed)
     names = {0.0: None} | {strength: f"share{round(1000 * strength)}" for strength in sorted(config.strengths)}
-    files = {str(path.relative_to(config.pipeline)): hash_file(path) for path in Path(config.pipeline).rglob("*.*")}
+    files = file_records(Path(config.pipeline))
+    if config.autoencoder:
+        files |= file_records(Path(config.autoencoder), "vae/")
     with tempfile.TemporaryDirectory() as aside:
         for strength, name in names.items():
             if name is not None:
                 folder = Path(aside) / name
                 shutil.copytree(config.adapter, folder)
                 weaken(folder, strength)
-                files |= {f"adapters/{name}/{path.name}": hash_file(path) for path in folder.glob("*.safetensors")}
+                files |= file_records(folder, f"adapters/{name}/")
                 load_lora(pipeline.unet, folder, name)
+    if config.bf16:
+        pipeline.to(torch.bfloat16)
     look = ValidationLook(config.judge, config.features, config.device, real, domain)
 
     def row(scale: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def generate(
     """
     also = few_steps.adapter if few_steps else None
     identity = {"weights": weights_digest(files, adapter, also), "adapter": adapter, "batch": batch, **asdict(request)}
+    identity["dtype"] = str(next(pipeline.unet.parameters()).dtype)
     if few_steps:
         identity["few_steps"] = asdict(few_steps)
     place = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
