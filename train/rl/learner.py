@@ -30,11 +30,12 @@ from train.rl.looking import Looks, RealImages
 from train.rl.objectives import get_objective
 from train.rl.policy import LoraPolicy, Policy, WholePolicy
 from train.rl.prompts import any_prompt_table, invented_prompts, prompt_table
-from train.rl.recipe import RlConfig, check
+from train.rl.recipe import RlConfig, check, needs_real_latents
 from train.rl.replaying import Replayer
 from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
+from train.rl.self_play import Game, SelfPlay
 from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,11 @@ class RlLearner:
         """real: what evaluations are held against, tracker: what is shown some of their images; or None. gallery:
         captions that the likeness reward has drawn, where the scorer looks for likeness."""
         check(config)
-        if anchor is None and config.anchor_weight > 0:
-            raise InputError(f"anchor_weight is {config.anchor_weight} but there is no anchor")
+        if anchor is None and needs_real_latents(config):
+            raise InputError(
+                f"anchor_weight is {config.anchor_weight} and self_play_images {config.self_play_images}, but there is "
+                "no anchor that has real images"
+            )
         self.config, self.pipeline, self.scorer, self.anchor = config, pipeline, scorer, anchor
         self.objective = get_objective(config.objective)
         self.advantages = ADVANTAGES[config.advantages or self.objective.advantages]
@@ -90,6 +94,10 @@ class RlLearner:
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
+        self.self_play = None
+        if anchor and config.self_play_images:
+            sources = (anchor.latents, anchor.caption)
+            self.self_play = SelfPlay(config, pipeline, domain, self.drawing, scorer.with_gradient, *sources)
         compared = None if real is None else any_prompt_table(pipeline, domain, real.captions)
         features = None if real is None else real.features
         self.gallery = None
@@ -118,7 +126,7 @@ class RlLearner:
         averaged = self.objective.replays == "forward"
         if config.train_what == "full":
             return WholePolicy(unet, config.adapter, averaged=averaged)
-        return LoraPolicy(
+        policy = LoraPolicy(
             unet,
             config.adapter,
             rank=config.rank,
@@ -129,6 +137,9 @@ class RlLearner:
             start=config.lora_start,
             seed=config.seed,
         )
+        if config.start:
+            policy.go_on_from(Path(config.start), config.start_strength)
+        return policy
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:
         self._seen["all"] += len(arguments[0])
@@ -193,6 +204,7 @@ class RlLearner:
             rollout.prompt_ids, rewards.values, rewards.valid, config.advantage_clip, self.statistics
         )
         rows = seeding.numpy_generator(config.seed, "rl-order", step).permutation(np.flatnonzero(rewards.valid))
+        game = self._game(step)
         sums: dict[str, list[float]] = defaultdict(list)
         for update, mine in enumerate(part for part in np.array_split(rows, config.updates) if len(part)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -207,6 +219,16 @@ class RlLearner:
                     figures["anchor"] = self.anchor.accumulate(
                         self.pipeline.unet, step * config.updates + update, config.anchor_batch, config.anchor_weight
                     )
+            if game is not None:
+                seen = self.accumulate(
+                    step,
+                    game.rollout,
+                    game.advantages,
+                    game.rows(update, config.updates),
+                    replayer=game.replayer,
+                    weight=config.self_play_weight,
+                )
+                figures |= {f"self_play_{name}": figure for name, figure in seen.items()}
             processes.sum_gradients(self.policy.parameters())
             norm = torch.nn.utils.clip_grad_norm_(
                 self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
@@ -222,15 +244,31 @@ class RlLearner:
             "zero_variance_groups": advantages.zero_variance,
         }
 
-    def accumulate(self, step: int, rollout: Rollout, advantages: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        """Add the gradient of the mean loss over `rows` and their timesteps of this epoch to the trained weights.
+    def _game(self, step: int) -> Game | None:
+        if self.self_play is None:
+            return None
+        with self._counted("self play"):
+            return self.self_play.game(step)
+
+    def accumulate(
+        self,
+        step: int,
+        rollout: Rollout,
+        advantages: np.ndarray,
+        rows: np.ndarray,
+        *,
+        replayer: Replayer | None = None,
+        weight: float = 1.0,
+    ) -> dict[str, float]:
+        """Add `weight` times the gradient of the mean loss over `rows` and their timesteps of this epoch to the trained
+        weights. replayer: of another table of prompts than the rewarded ones.
 
         Goes through the pairs of `rows` and their passes micro_batch at a time, those of one pass beside each other:
         the gradient does not depend on it.
         Several processes share `rows`: each adds its part of the gradient, and the figures are those of all.
         """
         figures: dict[str, float] = defaultdict(float)
-        passes = self.replayer.passes(step, rollout)
+        passes = (replayer or self.replayer).passes(step, rollout)
         mine = rows[processes.share(len(rows))]
         # A process that is left without rows replays the first at no weight: all have the same things to add up.
         mine, size = (mine, len(rows)) if len(mine) else (rows[:1], math.inf)
@@ -240,7 +278,7 @@ class RlLearner:
                 part = slice(start, start + self.config.micro_batch)
                 weighed = torch.from_numpy(advantages[pairs[part]]).to(self.table.cond.device)
                 losses = passes.replay(pairs[part], which[part], rollout, weighed)
-                (losses.loss.sum() / (size * len(passes.names))).backward()
+                (weight * losses.loss.sum() / (size * len(passes.names))).backward()
                 for key, values in {"loss": losses.loss.detach(), **losses.figures}.items():
                     figures[key] += values.sum().item() / (size * len(passes.names))
                 if "ratio" not in losses.figures:

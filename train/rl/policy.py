@@ -16,12 +16,13 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 
 from medviz.errors import InputError
-from medviz.models.adapters import ADAPTER_CONFIG_NAME, loaded_adapters, save_lora, using_adapter
+from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_lora, loaded_adapters, save_lora, using_adapter
 from train import seeding
 from train.diffusion import SHARD_BYTES
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2")
+STARTED = "started-from"
 KIND_UNET = "unet"
 STARTS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian"}
 """What LoRA's A starts from, B being 0: PEFT's Kaiming-uniform, or a Gaussian of spread 1 / rank (LoRA, arXiv
@@ -108,13 +109,38 @@ class LoraPolicy(Policy):
                 torch.manual_seed(seeding.key(seed, "rl", "weights"))
                 options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=STARTS[start])
                 unet.add_adapter(options, adapter)
-        unet.set_adapter(name)
-        for adapter in dict.fromkeys((self.behaviour, name)):
-            for weight in self._live(adapter).values():
-                weight.requires_grad_(adapter == name)
+        self._let_learn()
         if folded:
             fold(unet)
         unet.eval()
+
+    def _let_learn(self) -> None:
+        """Switch the trained weights on, and let them alone have gradients."""
+        self.unet.set_adapter(self.name)
+        self.unet.enable_adapters()
+        for adapter in dict.fromkeys((self.behaviour, self.name)):
+            for weight in self._live(adapter).values():
+                weight.requires_grad_(adapter == self.name)
+
+    def go_on_from(self, folder: Path, strength: float = 1.0) -> None:
+        """Start from `strength` times the change of the adapter in `folder`, the average of the weights as well.
+
+        Raises ModelError when it cannot be loaded, InputError when its shape is another.
+        """
+        load_lora(self.unet, folder, STARTED)
+        try:
+            found = self.weights(STARTED)
+            scaling = next(m.scaling for m in self.unet.modules() if isinstance(m, LoraLinear) and STARTED in m.scaling)
+            share = strength * scaling[STARTED] / scaling[self.name]
+        finally:
+            self.unet.delete_adapters(STARTED)
+        for which in dict.fromkeys((self.behaviour, self.name)):
+            live = self._live(which)
+            if {n: w.shape for n, w in live.items()} != {n: w.shape for n, w in found.items()}:
+                raise InputError(f"the adapter in {folder} has another rank or other layers than the one to be trained")
+            # the change is B A: one factor takes the share
+            self.set_weights(which, {n: w * share if "lora_B" in n else w for n, w in found.items()})
+        self._let_learn()
 
     def using(self, which: str | None) -> AbstractContextManager[None]:
         return using_adapter(self.unet, which)

@@ -92,6 +92,10 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     max_grad_norm: float = 1.0
     train_what: str = "lora"
     """lora, or full: all weights of the UNet, exported as a model of its own and no adapter."""
+    start: str = ""
+    """Folder of a LoRA adapter of the same shape, which training goes on from; empty: from no change at all."""
+    start_strength: float = 1.0
+    """Share of its change that it starts with."""
     rank: int = 16
     """Of LoRA, on the attention projections."""
     lora_alpha: float = 16.0
@@ -130,6 +134,10 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Real latents an optimiser step."""
     min_snr_gamma: float = 5.0
     """Of the anchor's loss, as in the recipe that finished the base."""
+    self_play_images: int = 0
+    """Real images an epoch that the policy's own of their captions are held against (forward); 0: none."""
+    self_play_weight: float = 1.0
+    """Weight of that beside the reward's objective."""
 
     evaluate_every: int = 4
     """Epochs between looks by the judge."""
@@ -156,6 +164,11 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
 def uses_likeness(config: RlConfig) -> bool:
     """Whether the likeness reward is among those the run is trained on."""
     return LIKENESS in rewards_of(config)
+
+
+def needs_real_latents(config: RlConfig) -> bool:
+    """Whether the run reads latents of real images, for the anchor or for self-play."""
+    return config.anchor_weight > 0 or config.self_play_images > 0
 
 
 def rewards_of(config: RlConfig) -> dict[str, float]:
@@ -206,6 +219,16 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     )
     yield config.likeness_redrawn < 1, f"likeness_redrawn is {config.likeness_redrawn}; allowed are 1 and more"
     yield config.fidelity_captions < 4, f"fidelity_captions is {config.fidelity_captions}; allowed are 4 and more"
+    yield config.self_play_images < 0, f"self_play_images is {config.self_play_images}; allowed are 0 and more"
+    yield (
+        0 < config.self_play_images < config.updates,
+        f"self_play_images is {config.self_play_images}; each of {config.updates} updates needs one",
+    )
+    yield (
+        not 0 < config.start_strength <= 1,
+        f"start_strength is {config.start_strength}; allowed are 0 < strength <= 1",
+    )
+    yield bool(config.start) and config.train_what != "lora", "start is a LoRA adapter and goes with train_what lora"
     yield (
         config.advantages not in ("", *ADVANTAGES),
         f"no advantages {config.advantages!r}; allowed are {', '.join(ADVANTAGES)}, or empty for the objective's own",
@@ -247,6 +270,10 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
         replays != "forward" and config.train_guidance_scale not in (1.0, config.guidance_scale),
         f"train_guidance_scale is {config.train_guidance_scale}; {name} replays the steps of the rollout and trains at "
         f"its guidance_scale, {config.guidance_scale}",
+    )
+    yield (
+        config.self_play_images > 0 and name != "forward",
+        f"self_play_images goes with the forward objective, found {name}",
     )
     yield (
         config.window != 0 and replays != "reverse",

@@ -126,15 +126,15 @@ class Replayer:
     def _noised(
         self, epoch: int, rows: np.ndarray, which: np.ndarray, rollout: Rollout, advantages: torch.Tensor
     ) -> Losses:
-        config, unet, count = self.config, self.pipeline.unet, len(rollout.indices)
+        config, unet, numbers = self.config, self.pipeline.unet, np.asarray(rollout.indices)
         drawn = np.stack(
             [
-                seeding.numpy_generator(config.seed, "rl-timesteps", epoch, stratum).random(count)
+                seeding.numpy_generator(config.seed, "rl-timesteps", epoch, stratum).random(numbers.max() + 1)
                 for stratum in range(config.timesteps_per_image)
             ]
         )
         low, high = (timestep / self.noising.config.num_train_timesteps for timestep in config.trained_timesteps)
-        places = low + (high - low) * (drawn[which, rows] + which) / config.timesteps_per_image
+        places = low + (high - low) * (drawn[which, numbers[rows]] + which) / config.timesteps_per_image
         noise = self._noise_of_each(rollout, rows, which, "rl-forward", epoch)
         noisy, timesteps, target = self._noise_again(rollout, rows, places, noise)
         embeds = self.table.embeds(rollout.prompt_ids[rows])

@@ -33,7 +33,7 @@ from train.loop import fit
 from train.real_latents import open_real_latents
 from train.rl.learner import RlLearner
 from train.rl.looking import RealImages
-from train.rl.recipe import RlConfig, rewards_of, uses_likeness
+from train.rl.recipe import RlConfig, needs_real_latents, rewards_of, uses_likeness
 from train.rl.safeguards import Anchor, Judge, Opinion
 from train.rl.scoring import Scorer
 from train.tracking import Tracker
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> None:
     if config.compile:
         pipeline.unet.forward = compiled_forward(pipeline.unet)
     spare_memory(config, pipeline)
-    anchor = open_anchor(config, pipeline, domain) if config.anchor_weight > 0 else None
+    anchor = open_anchor(config, pipeline, domain) if needs_real_latents(config) else None
     real = open_real(config) if config.fidelity_images else None
     liked = open_real(config, "reward") if uses_likeness(config) else None
     scorer, judge = open_scorer(config, domain, liked), open_judge(config)
