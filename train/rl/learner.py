@@ -36,6 +36,7 @@ from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
 from train.rl.self_play import Game, SelfPlay
+from train.rl.tone import tones, without_tone
 from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,11 @@ class RlLearner:
                 f"none of the {len(seen.valid)} images of this epoch could be rewarded; see the warnings above"
             )
         self.scorer.observe(seen)
-        return Rewarded(self.scorer.values(seen), seen.valid)
+        values = self.scorer.values(seen)
+        if self.config.tone_blind:
+            of_all = processes.gather(tones(images), count).numpy()
+            values = without_tone(values, of_all, rollout.prompt_ids, seen.valid)
+        return Rewarded(values, seen.valid)
 
     def learn(self, step: int, rollout: Rollout, rewards: Rewarded) -> dict[str, float]:
         """The optimiser steps of epoch `step` on `rollout`; returns what to log."""

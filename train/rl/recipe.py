@@ -40,6 +40,8 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Others of that half whose captions are drawn, so that both show one mix of things."""
     likeness_redrawn: int = 32
     """Captions drawn anew each epoch, in turn."""
+    tone_blind: bool = False
+    """Take from the rewards what mean colours explain of them within a prompt, by one line for all prompts."""
     judge: str = ""
     """Folder of the classifier that only looks on."""
     adapter: str = "attribute"

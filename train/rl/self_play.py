@@ -73,4 +73,4 @@ class SelfPlay:
         twice = np.tile(numbers, 2)  # rivals have one number, which names their noise
         rollout = Rollout(twice, tuple(twice.tolist()), torch.cat([torch.stack(real), drawn]))
         replayer = Replayer(config, self.pipeline, policy, table, None, self.reward)
-        return Game(rollout, np.repeat(np.float32([1.0, -1.0]), count), replayer)
+        return Game(rollout, np.repeat(np.array([1.0, -1.0], np.float32), count), replayer)
