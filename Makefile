@@ -89,10 +89,6 @@ GENERATOR_dermatology_cpu := artefacts
 GENERATOR_radiology_cpu := longer
 GENERATOR = $(or $(GENERATOR_$(1)_$(PRESET)),diffusion)-$(1)-$(PRESET)
 
-# The stage that finishes the adapter that aligns.
-ALIGNED_radiology_cpu := self-play
-ALIGNED = $(or $(ALIGNED_$(1)_$(PRESET)),rl)-$(1)-$(PRESET)
-
 # The decoder that ships: one for both domains, or one a domain behind the shared encoder.
 DECODER = $(if $(filter cpu,$(PRESET)),decoder-cpu,decoder-$(1)-$(PRESET))
 
@@ -116,13 +112,11 @@ $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
 $(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR) $(DECODER) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
-$(if $(ALIGNED_$(1)_$(PRESET)),$(call stage,rl,$(ALIGNED),rl-$(1)-$(PRESET)))
-
 $(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET))
 
 $(if $(filter cpu,$(PRESET)),,$(call stage,autoencoder,$(DECODER),autoencoder-$(PRESET)))
 
-train-$(1): $(foreach run,$(ALIGNED) distil-$(1)-$(PRESET) $(DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
+train-$(1): $(foreach run,rl-$(1)-$(PRESET) distil-$(1)-$(PRESET) $(DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
 	$(BIN)/python -m train report
