@@ -119,6 +119,7 @@ class RlLearner:
                 ("images a look", len(self.looks.prompts) * config.evaluation_images),
                 *([] if real is None else [("captions of real images", len(real.captions))]),
                 *([("captions drawn for likeness", config.likeness_redrawn)] if self.gallery else []),
+                *([("captions drawn for self-play", config.self_play_images)] if self.self_play else []),
             ]
         )
 
