@@ -58,7 +58,7 @@ class ChooseConfig(GuidedConfig):
     batch: int = 16
     """Pictures drawn at a time."""
     bf16: bool = False
-    """Draw in bf16: half the time, where the processor has instructions for it."""
+    """Draw in bf16: faster, where the processor has instructions for it."""
     report: str = ""
     """JSON file to write beside the one in `out`; empty: none."""
 

@@ -94,7 +94,7 @@ class EvaluateConfig(StageConfig):
     batch: int = 16
     """Pictures drawn at a time; part of what names the stored pictures."""
     bf16: bool = False
-    """Draw in bf16 on a CPU as on a card: half the time, where the CPU has instructions for it."""
+    """Draw in bf16 on a CPU as on a card: faster, where the CPU has instructions for it."""
     reports: str = "assets/reports"
     """Folder that also gets the JSON and the contact sheet (empty: only `out`)."""
 

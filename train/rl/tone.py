@@ -1,7 +1,7 @@
 """How light and what colour a picture is, and rewards that do not speak of it.
 
-Of two pictures of one prompt a classifier often likes the darker one, whatever was asked for. Each comparison is then a
-small vote for darker pictures, and all of them drift together, far from real images. What the pictures' tones explain
+Where a classifier likes the darker of two pictures of one prompt, whatever was asked for, each comparison is a small
+vote for darker pictures, and all of them drift together, far from real images. What the pictures' tones explain
 of the rewards, alike for all prompts, is taken out of them by least squares; what one prompt asks of colour stays.
 """
 
