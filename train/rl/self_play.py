@@ -2,9 +2,9 @@
 
 SPIN-Diffusion (Yuan et al., arXiv 2402.10210) takes a real image of a caption as better than the image that the policy
 draws of it; once the two cannot be told apart, nothing is left to learn. Rewards compare pictures of one prompt with
-each other and say nothing of what all of them share, so nothing else in them speaks of a drift of all. Here in the form of
-the forward objective (DiffusionNFT, arXiv 2509.16117): the real image has the advantage 1, the drawn one -1, both at
-the same noise and timesteps, so that what the two have in common cancels.
+each other and say nothing of what all of them share; this does. Here in the form of the forward objective
+(DiffusionNFT, arXiv 2509.16117): the real image has the advantage 1, the drawn one -1, both at the same noise and
+timesteps, so that what the two have in common cancels.
 """
 
 import random
