@@ -91,6 +91,9 @@ GENERATOR = $(or $(GENERATOR_$(1)_$(PRESET)),diffusion)-$(1)-$(PRESET)
 
 # The decoder that ships: one for both domains, or one a domain behind the shared encoder.
 DECODER = $(if $(filter cpu,$(PRESET)),decoder-cpu,decoder-$(1)-$(PRESET))
+# Where one finishes the pictures of a domain's generator, that one ships.
+FINISH_radiology_cpu := finish-radiology-cpu
+SHIPPED_DECODER = $(or $(FINISH_$(1)_$(PRESET)),$(DECODER))
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
@@ -116,7 +119,9 @@ $(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR) $(DECODER) rl-$(1)-$(PRES
 
 $(if $(filter cpu,$(PRESET)),,$(call stage,autoencoder,$(DECODER),autoencoder-$(PRESET)))
 
-train-$(1): $(foreach run,rl-$(1)-$(PRESET) distil-$(1)-$(PRESET) $(DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
+$(if $(FINISH_$(1)_$(PRESET)),$(call stage,finish,$(FINISH_$(1)_$(PRESET)),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET)))
+
+train-$(1): $(foreach run,rl-$(1)-$(PRESET) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
 	$(BIN)/python -m train report

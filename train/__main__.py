@@ -11,6 +11,7 @@ STAGES = {
     "autoencoder": ("train.autoencoder", "images to latents and back"),
     "contrastive": ("train.contrastive", "tokenizer, text encoder and feature network from image-caption pairs"),
     "diffusion": ("train.diffusion", "the text-conditioned generator"),
+    "finish": ("train.finish", "a decoder that gives a generator's own pictures the texture of real ones"),
     "distil": ("train.distil", "an adapter that draws in a few steps"),
     "classifier": ("train.classifier", "reward or judge network"),
     "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),

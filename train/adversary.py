@@ -1,4 +1,4 @@
-"""A discriminator of latents: what tells drawn ones from those of real images, a neighbourhood at a time.
+"""A discriminator: what tells drawn latents, or textures, from those of real images, a neighbourhood at a time.
 
 A squared error asks for the mean of what might be there, and the mean of many possible hairs is none. A discriminator
 asks for one of them. It sees the few cells around each cell only, so it judges texture and lines and has little to say
@@ -6,7 +6,8 @@ on which pictures are drawn how often. Its loss is the relativistic one with zer
 drawn latents (Huang et al. 2024, arXiv 2501.05441, equations 2 and 5), which converges without further tricks.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from train import seeding
 
 STAGE = "adversary"
+SCALED_BY = 512  # real ones that a channel's scale is computed from
+Shown: TypeAlias = Callable[[int, int], torch.Tensor]
+"""What is real: (step, batch) -> (batch, C, h, w), float32, a function of the step."""
 
 
 class Discriminator(torch.nn.Module):
@@ -39,41 +43,45 @@ class Discriminator(torch.nn.Module):
         return self.last(F.leaky_relu(hidden, 0.2))
 
 
+def shown_latents(latents: torch.Tensor, weights: np.ndarray, seed: int) -> Shown:
+    """Of latents (V, N, C, h, w) of N real images in V orientations, each shown as often as weights (N,) say."""
+
+    def shown(step: int, batch: int) -> torch.Tensor:
+        rows = seeding.batch_indices(latents.shape[1], batch, step, seed, f"{STAGE}-real", weights)
+        turns = seeding.numpy_generator(seed, STAGE, "orientation", step).integers(latents.shape[0], size=batch)
+        return latents[torch.from_numpy(turns), torch.from_numpy(rows)].float()
+
+    return shown
+
+
 class Adversary:
     """A discriminator that learns beside what it judges.
 
-    real: latents (V, N, C, h, w) of N real images in V orientations; weights (N,): how often each is shown.
     penalty: weight of the gradient penalties, which count in standard deviations of each channel.
     """
 
-    def __init__(
-        self, real: torch.Tensor, weights: np.ndarray, *, seed: int, device: str, learning_rate: float, penalty: float
-    ) -> None:
-        self.real, self.weights, self.seed, self.device, self.penalty = real, weights, seed, device, penalty
+    def __init__(self, shown: Shown, *, seed: int, device: str, learning_rate: float, penalty: float) -> None:
+        self.shown, self.device, self.penalty = shown, device, penalty
         torch.manual_seed(seeding.key(seed, STAGE, "weights"))
-        shown = real[0, seeding.batch_indices(real.shape[1], min(real.shape[1], 512), 0, seed, STAGE, weights)]
-        self.network = Discriminator(shown.float().std(dim=(0, 2, 3))).to(device)
+        self.network = Discriminator(shown(0, SCALED_BY).std(dim=(0, 2, 3))).to(device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), learning_rate, betas=(0.0, 0.99), weight_decay=0.0, fused=True
         )
 
-    def shown(self, step: int, batch: int) -> torch.Tensor:
-        """Real latents (batch, C, h, w) of a step, float32."""
-        rows = seeding.batch_indices(self.real.shape[1], batch, step, self.seed, f"{STAGE}-real", self.weights)
-        turns = seeding.numpy_generator(self.seed, STAGE, "orientation", step).integers(self.real.shape[0], size=batch)
-        return self.real[torch.from_numpy(turns), torch.from_numpy(rows)].float().to(self.device)
+    def _real(self, step: int, batch: int) -> torch.Tensor:
+        return self.shown(step, batch).to(self.device)
 
     def loss(self, drawn: torch.Tensor, step: int) -> torch.Tensor:
-        """How much realer than `drawn` (B, C, h, w) the step's real latents look, a scalar with a gradient to them."""
+        """How much realer than `drawn` (B, C, h, w) what is shown at the step looks: a scalar with a gradient to it."""
         self.network.requires_grad_(False)
         with torch.no_grad():
-            real = self.network(self.shown(step, len(drawn)))
+            real = self.network(self._real(step, len(drawn)))
         return F.softplus(real - self.network(drawn)).mean()
 
     def update(self, drawn: torch.Tensor, step: int) -> dict[str, float]:
         """One optimiser step of the discriminator against `drawn` (B, C, h, w). Returns figures to log."""
         self.network.requires_grad_(True)
-        real = self.shown(step, len(drawn)).requires_grad_(True)
+        real = self._real(step, len(drawn)).requires_grad_(True)
         drawn = drawn.detach().requires_grad_(True)
         of_real, of_drawn = self.network(real), self.network(drawn)
         slopes = torch.autograd.grad(of_real.sum() + of_drawn.sum(), (real, drawn), create_graph=True)

@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
+from medviz.models.adapters import load_lora
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
 from train.datasets.latents import check_same_encoder
@@ -165,6 +167,15 @@ def weaken(folder: Path, strength: float) -> None:
     if strength < 1 and "title" in details:
         details["title"] += f", {strength:.0%} of its change"
     card.write_text(json.dumps({**details, "strength": strength}, indent=1, sort_keys=True) + "\n")
+
+
+def load_weakened(pipeline: StableDiffusionPipeline, folder: str | Path, strength: float, name: str) -> None:
+    """Load the LoRA adapter in `folder` as `name`, switched off, with that share of its change; as `weaken` raises."""
+    with tempfile.TemporaryDirectory() as aside:
+        copied = Path(aside) / "adapter"
+        shutil.copytree(folder, copied)
+        weaken(copied, strength)
+        load_lora(pipeline.unet, copied, name)
 
 
 def adapter_source(parts: Parts, name: str) -> str:

@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +35,11 @@ from medviz.generation.sampling import (
     signal_and_noise_level,
     split_prediction,
 )
-from medviz.models.adapters import load_lora, using_adapter
+from medviz.models.adapters import using_adapter
 from medviz.models.manifest import hash_file
 from train import seeding
-from train.adversary import Adversary
-from train.assemble import weaken
+from train.adversary import Adversary, shown_latents
+from train.assemble import load_weakened
 from train.compiling import compiled_forward
 from train.config import GuidedConfig, parse
 from train.evaluate.statistics import mean_interval
@@ -187,21 +185,6 @@ def _draw(
     return torch.stack([*(trail[i] for i in config.starts), finished.cpu()], dim=1).half().contiguous()
 
 
-def load_beside(config: DistilConfig, pipeline: StableDiffusionPipeline) -> tuple[str, ...]:
-    """Load the adapter that the student must go with, at its strength; its name, or nothing where there is none.
-
-    Raises InputError for a strength that no adapter can have.
-    """
-    if not config.beside:
-        return ()
-    with tempfile.TemporaryDirectory() as aside:
-        folder = Path(aside) / BESIDE
-        shutil.copytree(config.beside, folder)
-        weaken(folder, config.beside_strength)
-        load_lora(pipeline.unet, folder, BESIDE)
-    return (BESIDE,)
-
-
 class DistilLearner:
     """Learns the adapter; see `train.loop.Learner`."""
 
@@ -210,7 +193,9 @@ class DistilLearner:
         self.config, self.pipeline = config, pipeline
         self.timesteps = student_timesteps(config, pipeline)
         self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
-        self.beside = (None, *load_beside(config, pipeline))
+        self.beside = (None, BESIDE) if config.beside else (None,)
+        if config.beside:
+            load_weakened(pipeline, config.beside, config.beside_strength, BESIDE)
         drawn = [draw_trajectories(config, pipeline, cache, beside=name is not None) for name in self.beside]
         self.states, self.captions = torch.stack([each.states for each in drawn]), drawn[0].captions
         texts = list(dict.fromkeys(self.captions))
@@ -241,8 +226,7 @@ class DistilLearner:
             return None
         real = open_real_latents(config, self.pipeline)
         return Adversary(
-            real.latents,
-            real.weights,
+            shown_latents(real.latents, real.weights, config.seed),
             seed=config.seed,
             device=config.device,
             learning_rate=config.adversary_learning_rate,

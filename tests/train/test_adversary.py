@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.adversary import Adversary, Discriminator
+from train.adversary import Adversary, Discriminator, shown_latents
 
 SIDE = 8
 
@@ -28,8 +28,7 @@ def plain(count: int, seed: int = 1) -> torch.Tensor:
 
 def adversary(real: torch.Tensor, **options) -> Adversary:
     return Adversary(
-        real[None].half(),
-        np.ones(len(real)),
+        shown_latents(real[None].half(), np.ones(len(real)), 0),
         **{"seed": 0, "device": "cpu", "learning_rate": 2e-3, "penalty": 0.1, **options},
     )
 
@@ -100,7 +99,7 @@ def test_a_resumed_adversary_goes_on_as_the_uninterrupted_one() -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_real_latents_are_drawn_by_weight_and_turned(step) -> None:
     real = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 4, 2, 2)
-    made = Adversary(real.half(), np.array([0.0, 1.0, 0.0]), seed=0, device="cpu", learning_rate=1e-3, penalty=1.0)
-    shown = made.shown(step, 32)
+    show = shown_latents(real.half(), np.array([0.0, 1.0, 0.0]), 0)
+    shown = show(step, 32)
     assert set(shown.unique().tolist()) == {1.0, 4.0}
-    assert torch.equal(shown, made.shown(step, 32))
+    assert torch.equal(shown, show(step, 32))

@@ -36,7 +36,7 @@ from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
 from train.rl.self_play import Game, SelfPlay
-from train.rl.tone import tones, without_tone
+from train.rl.tone import ToneKeeper
 from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class RlLearner:
             ),
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
+        self.tone = ToneKeeper(config, self.drawing)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
         self.self_play = None
         if anchor and config.self_play_images:
@@ -171,6 +172,8 @@ class RlLearner:
         if not self.watch.history:
             figures |= self._look(0)
         rollout = self.draw(step)
+        with self._counted("tone"):
+            figures |= self.tone.watch(step, rollout)
         rewards = self.rewarded(rollout)
         figures |= self.learn(step, rollout, rewards)
         with self._counted("safeguards"):
@@ -197,10 +200,7 @@ class RlLearner:
                 f"none of the {len(seen.valid)} images of this epoch could be rewarded; see the warnings above"
             )
         self.scorer.observe(seen)
-        values = self.scorer.values(seen)
-        if self.config.tone_blind:
-            of_all = processes.gather(tones(images), count).numpy()
-            values = without_tone(values, of_all, rollout.prompt_ids, seen.valid)
+        values = self.tone.rewards(self.scorer.values(seen), images, rollout.prompt_ids, seen.valid)
         return Rewarded(values, seen.valid)
 
     def learn(self, step: int, rollout: Rollout, rewards: Rewarded) -> dict[str, float]:
@@ -323,6 +323,7 @@ class RlLearner:
             "reward": self.scorer.composite.state(),
             "watch": self.watch.state(),
             "looks": self.looks.state(),
+            "tone": self.tone.state(),
             "gallery": self.gallery.state() if self.gallery else {},
             "failures": self.failures,
             "forwards": dict(self.forwards),
@@ -337,6 +338,7 @@ class RlLearner:
         self.scorer.composite.load_state(state["reward"])
         self.watch.load_state(state["watch"])
         self.looks.load_state(state["looks"])
+        self.tone.load_state(state["tone"])
         if self.gallery:
             self.gallery.load_state(state["gallery"])
         self.failures = state["failures"]

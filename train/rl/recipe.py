@@ -42,6 +42,11 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Captions drawn anew each epoch, in turn."""
     tone_blind: bool = False
     """Take from the rewards what mean colours explain of them within a prompt, by one line for all prompts."""
+    tone_held: int = 0
+    """Images an epoch that the untrained model draws as well, from the same noise: as far as the mean colours of the
+    policy's have moved, going back is rewarded; 0: none. For forward and awm."""
+    tone_rate: float = 1.0
+    """How strongly: an epoch's move of one standard deviation of a tone within prompts counts as much as the reward."""
     judge: str = ""
     """Folder of the classifier that only looks on."""
     adapter: str = "attribute"
@@ -221,6 +226,11 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     )
     yield config.likeness_redrawn < 1, f"likeness_redrawn is {config.likeness_redrawn}; allowed are 1 and more"
     yield config.fidelity_captions < 4, f"fidelity_captions is {config.fidelity_captions}; allowed are 4 and more"
+    yield (
+        not 0 <= config.tone_held <= images,
+        f"tone_held is {config.tone_held}; allowed are 0 to the {images} images of an epoch",
+    )
+    yield config.tone_rate < 0, f"tone_rate is {config.tone_rate}; allowed are 0 and more"
     yield config.self_play_images < 0, f"self_play_images is {config.self_play_images}; allowed are 0 and more"
     yield (
         0 < config.self_play_images < config.updates,
@@ -272,6 +282,10 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
         replays != "forward" and config.train_guidance_scale not in (1.0, config.guidance_scale),
         f"train_guidance_scale is {config.train_guidance_scale}; {name} replays the steps of the rollout and trains at "
         f"its guidance_scale, {config.guidance_scale}",
+    )
+    yield (
+        config.tone_held > 0 and replays != "forward",
+        f"tone_held goes with the forward objectives, whose solver draws no noise of its own; found {name}",
     )
     yield (
         config.self_play_images > 0 and name != "forward",
