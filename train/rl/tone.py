@@ -1,12 +1,13 @@
 """How light and what colour a picture is, and rewards that do not speak of it.
 
 Where a classifier likes the darker of two pictures of one prompt, whatever was asked for, each comparison is a small
-vote for darker pictures, and all of them drift together, far from real images. What the pictures' tones explain
+vote for darker pictures, and all of them may drift together, far from real images. What the pictures' tones explain
 of the rewards, alike for all prompts, is taken out of them by least squares; what one prompt asks of colour stays.
 
-That slows the drift and does not end it, for what is clearer to a classifier may be darker without a line that says so.
-What ends it is integral control: some pictures are drawn by the untrained model as well, from the same noise, and
-the sum of what the mean tones have moved is a reward for moving back, as long as there is any.
+What is clearer to a classifier may be darker without a line that says so, so tones can be held as well, by integral
+control: some pictures are drawn by the untrained model, too, from the same noise, and the sum of what the mean tones
+have moved is a reward for moving back. That holds them on the prompts that are trained on, and on others as far as
+these speak for them.
 """
 
 from collections.abc import Mapping
