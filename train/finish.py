@@ -43,6 +43,7 @@ ADAPTER = "aligned"
 BLUR_PX = 9
 """Side of the mean that is taken from a picture to leave its texture."""
 MEASURED_BATCHES = 64
+"""Of drawn crops, that `texture_share` is measured on."""
 
 
 @dataclass
