@@ -58,17 +58,17 @@ def test_what_is_drawn_moves_to_what_was_photographed_and_rewards_have_no_say(ba
     found = {}
     for mean in (1.0, -1.0):
         made = learner(base, latents(base, 12, mean), replace(GAME, lora_convolutions=True))
-        before = made.self_play.game(50).rollout.latents[4:]
+        before = made.games["self play"].game(50).rollout.latents[4:]
         for step in range(6):
             made.update(step)
-        found[mean] = (made.self_play.game(50).rollout.latents[4:] - before).mean(dim=(1, 2, 3))
+        found[mean] = (made.games["self play"].game(50).rollout.latents[4:] - before).mean(dim=(1, 2, 3))
     assert (found[1.0] > 0.01).all()
     assert (found[-1.0] < -0.01).all()
 
 
 def test_rivals_have_one_noise_and_equal_ones_leave_no_gradient(base):
     made = learner(base, latents(base, 12, 0.0), GAME)
-    game = made.self_play.game(0)
+    game = made.games["self play"].game(0)
     assert game.rows(1, 2).tolist() == [2, 3, 6, 7]
     options = {"replayer": game.replayer}
     made.accumulate(0, game.rollout, game.advantages, game.rows(0, 2), **options)
@@ -83,7 +83,7 @@ def test_rivals_have_one_noise_and_equal_ones_leave_no_gradient(base):
 
 def test_the_gradient_is_as_long_as_its_weight_and_blind_to_micro_batches(base):
     made = learner(base, latents(base, 12, 0.5), GAME)
-    game, rows, gradients = made.self_play.game(0), np.arange(8), []
+    game, rows, gradients = made.games["self play"].game(0), np.arange(8), []
     for weight, micro_batch in ((1.0, 4), (2.0, 3)):
         made.config = replace(made.config, micro_batch=micro_batch)
         made.optimizer.zero_grad()
@@ -94,11 +94,11 @@ def test_the_gradient_is_as_long_as_its_weight_and_blind_to_micro_batches(base):
 
 def test_each_epoch_has_other_images_drawn_by_the_policy_of_their_captions(base):
     made = learner(base, latents(base, 12, 0.5), GAME)
-    first, second = made.self_play.game(0), made.self_play.game(1)
+    first, second = made.games["self play"].game(0), made.games["self play"].game(1)
     assert not torch.equal(first.rollout.latents[:4], second.rollout.latents[:4])
-    assert torch.equal(first.rollout.latents, made.self_play.game(0).rollout.latents)
+    assert torch.equal(first.rollout.latents, made.games["self play"].game(0).rollout.latents)
     made.update(0)
-    again = made.self_play.game(0).rollout.latents
+    again = made.games["self play"].game(0).rollout.latents
     assert torch.equal(again[:4], first.rollout.latents[:4])
     assert not torch.equal(again[4:], first.rollout.latents[4:])
     assert made.forwards["self play"] == 4 * GAME.rollout_steps * 2  # both halves of guidance

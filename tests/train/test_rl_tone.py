@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from medviz.errors import InputError
 from medviz.rewards.composite import Composite
 from tests import tiny
 from tests.train.test_rl_learner import DOMAIN, SMALL, brightness, copied, onlooker
-from train import checkpoint
 from train.rl.learner import RlLearner
 from train.rl.scoring import Scorer
-from train.rl.tone import tones, toward, without_tone
+from train.rl.tone import tones, without_tone
 
 PROMPTS = np.repeat(np.arange(6), 8)
 
@@ -77,66 +75,3 @@ def test_a_reward_of_lightness_alone_teaches_nothing_to_who_is_blind_to_it():
         rewards = made.rewarded(made.draw(0)).values.reshape(4, 8)
         spreads.append(rewards.std(axis=1).mean())
     assert spreads[1] < 0.1 * spreads[0]
-
-
-def test_a_direction_rewards_those_that_lie_that_way_among_their_prompts():
-    rng = np.random.default_rng(4)
-    tone, rewards, valid = 0.1 * rng.normal(size=(48, 2)) + PROMPTS[:, None], 5 * rng.normal(size=48), np.ones(48, bool)
-    valid[:4] = False
-    found = toward(np.array([0.1, 0.0]), rewards, tone, PROMPTS, valid)
-    assert (found[:4] == 0).all()
-    others = np.where(valid, PROMPTS, 9)
-    assert all(abs(found[others == prompt].mean()) < 1e-9 for prompt in range(6))
-    assert np.corrcoef(found[8:], centred(tone)[8:, 0])[0, 1] > 0.999
-    assert found[8:].std() / rewards.std() == pytest.approx(0.1 / 0.1, rel=0.2)
-    np.testing.assert_allclose(found, -toward(np.array([-0.1, 0.0]), rewards, tone, PROMPTS, valid))
-    assert (toward(np.zeros(2), rewards, tone, PROMPTS, valid) == 0).all()
-
-
-def lightened(base, **options) -> RlLearner:
-    config = {"objective": "forward", "prompts_per_epoch": 4, "images_per_prompt": 8, "learning_rate": 2e-2}
-    made = replace(SMALL, **{**config, "anchor_weight": 0.0, "evaluate_every": 99, "steps": 99, **options})
-    return RlLearner(made, copied(base), DOMAIN, Scorer(Composite({"g": brightness}, {"g": 1.0})), onlooker)
-
-
-def test_what_the_untrained_model_draws_has_not_moved():
-    made = lightened(tiny.make_pipeline("dermatology"), tone_held=8)
-    assert made.tone.watch(0, made.draw(0)) == {"tone_moved": 0.0, "tone_moved_middle": 0.0}
-    rewards = made.rewarded(made.draw(0)).values
-    plain = lightened(tiny.make_pipeline("dermatology"))
-    np.testing.assert_allclose(rewards, plain.rewarded(plain.draw(0)).values)
-
-
-def test_once_pictures_got_lighter_darker_ones_are_rewarded_whatever_the_reward_likes():
-    made = lightened(tiny.make_pipeline("dermatology"), tone_held=8)
-    rollout = made.draw(0)
-    liked = made.rewarded(rollout).values.reshape(4, 8)
-    made.tone.moved = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
-    found = made.rewarded(rollout).values.reshape(4, 8)
-    for before, after in zip(liked, found, strict=True):
-        assert np.corrcoef(before, after)[0, 1] < -0.5
-
-
-def test_a_resumed_run_knows_how_far_the_tones_had_moved(tmp_path):
-    base = tiny.make_pipeline("dermatology")
-    whole, first, second = (lightened(base, tone_held=8) for _ in range(3))
-    figures = [whole.update(step) for step in range(3)]
-    for step in range(2):
-        first.update(step)
-    checkpoint.save(tmp_path, 2, first.state())
-    second.load_state(checkpoint.load(tmp_path)[1])
-    assert second.update(2) == figures[2]
-    assert figures[2]["forwards_tone"] > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tone_held": 33}, "allowed are 0 to the 32 images"),
-        ({"tone_rate": -1.0}, "tone_rate is -1.0"),
-        ({"tone_held": 4, "objective": "ddpo"}, "tone_held goes with the forward objectives"),
-    ],
-)
-def test_what_cannot_be_held_is_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        lightened(tiny.make_pipeline("dermatology"), **options)

@@ -26,7 +26,9 @@ from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
 from train.rl.gallery import Gallery
+from train.rl.games import Games, Table
 from train.rl.looking import Looks, RealImages
+from train.rl.mean_held import MeanHeld
 from train.rl.objectives import get_objective
 from train.rl.policy import LoraPolicy, Policy, WholePolicy
 from train.rl.prompts import any_prompt_table, invented_prompts, prompt_table
@@ -35,8 +37,8 @@ from train.rl.replaying import Replayer
 from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
-from train.rl.self_play import Game, SelfPlay
-from train.rl.tone import ToneKeeper
+from train.rl.self_play import SelfPlay
+from train.rl.tone import tones, without_tone
 from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -73,8 +75,8 @@ class RlLearner:
         check(config)
         if anchor is None and needs_real_latents(config):
             raise InputError(
-                f"anchor_weight is {config.anchor_weight} and self_play_images {config.self_play_images}, but there is "
-                "no anchor that has real images"
+                f"anchor_weight is {config.anchor_weight}, self_play_images {config.self_play_images} and mean_held "
+                f"{config.mean_held}, but there is no anchor that has real images"
             )
         self.config, self.pipeline, self.scorer, self.anchor = config, pipeline, scorer, anchor
         self.objective = get_objective(config.objective)
@@ -94,12 +96,8 @@ class RlLearner:
             ),
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
-        self.tone = ToneKeeper(config, self.drawing)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
-        self.self_play = None
-        if anchor and config.self_play_images:
-            sources = (anchor.latents, anchor.caption)
-            self.self_play = SelfPlay(config, pipeline, domain, self.drawing, scorer.with_gradient, *sources)
+        self.games = self._games(domain, anchor) if anchor else {}
         compared = None if real is None else any_prompt_table(pipeline, domain, real.captions)
         features = None if real is None else real.features
         self.gallery = None
@@ -120,7 +118,8 @@ class RlLearner:
                 ("images a look", len(self.looks.prompts) * config.evaluation_images),
                 *([] if real is None else [("captions of real images", len(real.captions))]),
                 *([("captions drawn for likeness", config.likeness_redrawn)] if self.gallery else []),
-                *([("captions drawn for self-play", config.self_play_images)] if self.self_play else []),
+                *([("captions drawn for self-play", config.self_play_images)] if config.self_play_images else []),
+                *([("captions drawn to hold the mean", config.mean_redrawn)] if config.mean_held else []),
             ]
         )
 
@@ -143,6 +142,17 @@ class RlLearner:
         if config.start:
             policy.go_on_from(Path(config.start), config.start_strength)
         return policy
+
+    def _games(self, domain: Domain, anchor: Anchor) -> dict[str, Games]:
+        """What is learnt beside the rewards, by the name that it is counted and logged by."""
+        config, games = self.config, dict[str, Games]()
+        table = Table(config, self.pipeline, self.policy, self.scorer.with_gradient)
+        if config.self_play_images:
+            games["self play"] = SelfPlay(table, domain, self.drawing, anchor.latents, anchor.caption)
+        if config.mean_held:
+            captions = any_prompt_table(self.pipeline, domain, anchor.captions(config.mean_held, "rl-mean-held"))
+            games["mean held"] = MeanHeld(table, self.drawing, captions)
+        return games
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:
         self._seen["all"] += len(arguments[0])
@@ -172,8 +182,6 @@ class RlLearner:
         if not self.watch.history:
             figures |= self._look(0)
         rollout = self.draw(step)
-        with self._counted("tone"):
-            figures |= self.tone.watch(step, rollout)
         rewards = self.rewarded(rollout)
         figures |= self.learn(step, rollout, rewards)
         with self._counted("safeguards"):
@@ -200,7 +208,11 @@ class RlLearner:
                 f"none of the {len(seen.valid)} images of this epoch could be rewarded; see the warnings above"
             )
         self.scorer.observe(seen)
-        values = self.tone.rewards(self.scorer.values(seen), images, rollout.prompt_ids, seen.valid)
+        values = self.scorer.values(seen)
+        if self.config.tone_blind:
+            values = without_tone(
+                values, processes.gather(tones(images), count).numpy(), rollout.prompt_ids, seen.valid
+            )
         return Rewarded(values, seen.valid)
 
     def learn(self, step: int, rollout: Rollout, rewards: Rewarded) -> dict[str, float]:
@@ -210,7 +222,10 @@ class RlLearner:
             rollout.prompt_ids, rewards.values, rewards.valid, config.advantage_clip, self.statistics
         )
         rows = seeding.numpy_generator(config.seed, "rl-order", step).permutation(np.flatnonzero(rewards.valid))
-        game = self._game(step)
+        games = {}
+        for name, maker in self.games.items():
+            with self._counted(name):
+                games[name] = maker.game(step)
         sums: dict[str, list[float]] = defaultdict(list)
         for update, mine in enumerate(part for part in np.array_split(rows, config.updates) if len(part)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -225,16 +240,12 @@ class RlLearner:
                     figures["anchor"] = self.anchor.accumulate(
                         self.pipeline.unet, step * config.updates + update, config.anchor_batch, config.anchor_weight
                     )
-            if game is not None:
-                seen = self.accumulate(
-                    step,
-                    game.rollout,
-                    game.advantages,
-                    game.rows(update, config.updates),
-                    replayer=game.replayer,
-                    weight=config.self_play_weight,
+            for name, game in games.items():
+                part = game.rows(update, config.updates)
+                found = self.accumulate(
+                    step, game.rollout, game.advantages, part, replayer=game.replayer, weight=game.weight
                 )
-                figures |= {f"self_play_{name}": figure for name, figure in seen.items()}
+                figures |= {f"{name}_{key}".replace(" ", "_"): figure for key, figure in found.items()} | game.figures
             processes.sum_gradients(self.policy.parameters())
             norm = torch.nn.utils.clip_grad_norm_(
                 self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
@@ -249,12 +260,6 @@ class RlLearner:
             "reward_failures": float((~rewards.valid).sum()),
             "zero_variance_groups": advantages.zero_variance,
         }
-
-    def _game(self, step: int) -> Game | None:
-        if self.self_play is None:
-            return None
-        with self._counted("self play"):
-            return self.self_play.game(step)
 
     def accumulate(
         self,
@@ -323,7 +328,7 @@ class RlLearner:
             "reward": self.scorer.composite.state(),
             "watch": self.watch.state(),
             "looks": self.looks.state(),
-            "tone": self.tone.state(),
+            "games": {name: maker.state() for name, maker in self.games.items()},
             "gallery": self.gallery.state() if self.gallery else {},
             "failures": self.failures,
             "forwards": dict(self.forwards),
@@ -338,7 +343,8 @@ class RlLearner:
         self.scorer.composite.load_state(state["reward"])
         self.watch.load_state(state["watch"])
         self.looks.load_state(state["looks"])
-        self.tone.load_state(state["tone"])
+        for name, maker in self.games.items():
+            maker.load_state(state["games"][name])
         if self.gallery:
             self.gallery.load_state(state["gallery"])
         self.failures = state["failures"]

@@ -42,11 +42,6 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Captions drawn anew each epoch, in turn."""
     tone_blind: bool = False
     """Take from the rewards what mean colours explain of them within a prompt, by one line for all prompts."""
-    tone_held: int = 0
-    """Images an epoch that the untrained model draws as well, from the same noise: as far as the mean colours of the
-    policy's have moved, going back is rewarded; 0: none. For forward and awm."""
-    tone_rate: float = 1.0
-    """How strongly: an epoch's move of one standard deviation of a tone within prompts counts as much as the reward."""
     judge: str = ""
     """Folder of the classifier that only looks on."""
     adapter: str = "attribute"
@@ -145,6 +140,12 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Real images an epoch that the policy's own of their captions are held against (forward); 0: none."""
     self_play_weight: float = 1.0
     """Weight of that beside the reward's objective."""
+    mean_held: int = 0
+    """Captions of real images whose mean picture is held where the untrained model has it (forward); 0: none."""
+    mean_redrawn: int = 32
+    """Of them, drawn anew each epoch, in turn; what is learnt from."""
+    mean_gain: float = 4.0
+    """How far the mean is put back for the better latents, as a multiple of what it has moved."""
 
     evaluate_every: int = 4
     """Epochs between looks by the judge."""
@@ -174,8 +175,8 @@ def uses_likeness(config: RlConfig) -> bool:
 
 
 def needs_real_latents(config: RlConfig) -> bool:
-    """Whether the run reads latents of real images, for the anchor or for self-play."""
-    return config.anchor_weight > 0 or config.self_play_images > 0
+    """Whether the run reads real images, latents or captions: for the anchor, for self-play or to hold the mean."""
+    return config.anchor_weight > 0 or config.self_play_images > 0 or config.mean_held > 0
 
 
 def rewards_of(config: RlConfig) -> dict[str, float]:
@@ -226,16 +227,18 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     )
     yield config.likeness_redrawn < 1, f"likeness_redrawn is {config.likeness_redrawn}; allowed are 1 and more"
     yield config.fidelity_captions < 4, f"fidelity_captions is {config.fidelity_captions}; allowed are 4 and more"
-    yield (
-        not 0 <= config.tone_held <= images,
-        f"tone_held is {config.tone_held}; allowed are 0 to the {images} images of an epoch",
-    )
-    yield config.tone_rate < 0, f"tone_rate is {config.tone_rate}; allowed are 0 and more"
     yield config.self_play_images < 0, f"self_play_images is {config.self_play_images}; allowed are 0 and more"
     yield (
         0 < config.self_play_images < config.updates,
         f"self_play_images is {config.self_play_images}; each of {config.updates} updates needs one",
     )
+    held = min(config.mean_held, config.mean_redrawn)
+    yield (
+        config.mean_held != 0 and held < max(config.updates, 2),
+        f"mean_held is {config.mean_held} and mean_redrawn {config.mean_redrawn}; each of {config.updates} updates "
+        "needs one of them, and a mean two",
+    )
+    yield config.mean_gain <= 0, f"mean_gain is {config.mean_gain}; allowed are those above 0"
     yield (
         not 0 < config.start_strength <= 1,
         f"start_strength is {config.start_strength}; allowed are 0 < strength <= 1",
@@ -283,14 +286,11 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
         f"train_guidance_scale is {config.train_guidance_scale}; {name} replays the steps of the rollout and trains at "
         f"its guidance_scale, {config.guidance_scale}",
     )
-    yield (
-        config.tone_held > 0 and replays != "forward",
-        f"tone_held goes with the forward objectives, whose solver draws no noise of its own; found {name}",
-    )
-    yield (
-        config.self_play_images > 0 and name != "forward",
-        f"self_play_images goes with the forward objective, found {name}",
-    )
+    for option in ("self_play_images", "mean_held"):
+        yield (
+            getattr(config, option) > 0 and name != "forward",
+            f"{option} goes with the forward objective, found {name}",
+        )
     yield (
         config.window != 0 and replays != "reverse",
         f"window is {config.window}; {name} has no random steps to choose from",

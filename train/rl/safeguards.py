@@ -224,6 +224,14 @@ class Anchor:
         mean = self._share(unet, update, batch, mine, weight * len(mine) / batch) if len(mine) else 0.0
         return processes.total({"loss": mean * len(mine) / batch})["loss"]
 
+    def captions(self, count: int, stage: str) -> list[str]:
+        """A caption each of `count` of the images, in the mix that they come in; a function of seed and stage."""
+        chosen = seeding.batch_indices(self.latents.shape[1], count, 0, self.seed, stage)
+        return [
+            self.caption(int(i), random.Random(seeding.key(self.seed, f"{stage}-caption", j)))
+            for j, i in enumerate(chosen)
+        ]
+
     def _share(self, unet: UNet2DConditionModel, update: int, batch: int, mine: np.ndarray, weight: float) -> float:
         """The gradient of `weight` times the mean loss of the samples `mine` of a batch; returns that mean."""
         chosen = seeding.batch_indices(self.latents.shape[1], batch, update, self.seed, "rl-anchor", self.weights)

@@ -1,0 +1,71 @@
+"""The mean picture, held where the untrained model has it.
+
+A reward compares pictures of one prompt with each other. What pleases it a little in each of them, a darker lesion,
+all of them come to share, and the mean picture leaves that of real images; to a feature space that is most of the way
+which aligned pictures go. Here some captions are drawn by the untrained model, too, from the same noise, and a latent
+with the mean put back is the better one, the latent as it was drawn the worse: their pair differs in nothing but the
+mean, so nothing else is learnt from it.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from train.rl.drawing import Drawing
+from train.rl.games import Game, Table
+from train.rl.prompts import PromptTable
+from train.rl.rollout import latent_seeds
+
+CELLS = 8
+"""Of a mean picture, along a side: finer than that it is noise of the captions that it was taken over."""
+
+
+class MeanHeld:
+    """Makes the game of each epoch from a fixed set of captions, each with a noise of its own.
+
+    Each epoch draws `mean_redrawn` of them anew, in turn; the mean is over all of them, the others as last drawn.
+    """
+
+    def __init__(self, table: Table, drawing: Drawing, captions: PromptTable) -> None:
+        self.table, self.drawing, self.captions = table, drawing, captions
+        self._untrained, self._drawn = torch.empty(0), torch.empty(0)
+
+    def game(self, epoch: int) -> Game:
+        """Latents of the captions whose turn it is in `epoch`, with the mean put back and as they were drawn."""
+        config, policy, count = self.table.config, self.drawing.policy, len(self.captions.prompts)
+        everyone, turn = np.arange(count), min(config.mean_redrawn, count)
+        ids = np.arange(epoch * turn, (epoch + 1) * turn) % count
+        if len(self._untrained):
+            worse = self._draw(ids, policy.behaviour)
+            self._drawn[torch.from_numpy(ids)] = coarse(worse)
+        else:
+            self._untrained = coarse(self._draw(everyone, None))
+            drawn = self._draw(everyone, policy.behaviour)
+            self._drawn, worse = coarse(drawn), drawn[torch.from_numpy(ids)]
+        moved = (self._drawn - self._untrained).mean(dim=0)
+        back = interpolate(-moved[None], size=worse.shape[2:], mode="bilinear")
+        # In standard deviations between pictures: what a unit of latents is worth differs from channel to channel.
+        figure = (moved.square().mean() / self._untrained.var(dim=0).mean().clamp(min=1e-12)).sqrt().item()
+        better = worse + config.mean_gain * back
+        return self.table.game(self.captions, ids, better, worse, figures={"mean_moved": figure})
+
+    def _draw(self, ids: np.ndarray, adapter: str | None) -> torch.Tensor:
+        seeds = latent_seeds(self.table.config.seed, "rl-mean-held", 0, ids.tolist())
+        with self.drawing.policy.using(adapter):
+            return self.drawing.sample(self.captions, ids, seeds, self.table.config.rollout_steps)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `load_state` takes back exactly."""
+        return {"untrained": self._untrained, "drawn": self._drawn}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave."""
+        self._untrained, self._drawn = state["untrained"], state["drawn"]
+
+
+def coarse(latents: torch.Tensor) -> torch.Tensor:
+    """The means of CELLS x CELLS parts of latents (N, C, h, w), or of each element where there are fewer."""
+    height, width = latents.shape[2:]
+    return adaptive_avg_pool2d(latents, (min(CELLS, height), min(CELLS, width)))
