@@ -95,6 +95,10 @@ DECODER = $(if $(filter cpu,$(PRESET)),decoder-cpu,decoder-$(1)-$(PRESET))
 FINISH_radiology_cpu := finish-radiology-cpu
 SHIPPED_DECODER = $(or $(FINISH_$(1)_$(PRESET)),$(DECODER))
 
+# The adapter that ships: where reinforcement learning goes on with the mean picture held, that one.
+SETTLE_dermatology_gpu := settle-dermatology-gpu
+ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
+
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
 $(call stage,contrastive,contrastive-$(1)-$(PRESET),)
@@ -115,13 +119,15 @@ $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 
 $(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR) $(DECODER) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
+$(if $(SETTLE_$(1)_$(PRESET)),$(call stage,rl,$(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET)))
+
 $(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET))
 
 $(if $(filter cpu,$(PRESET)),,$(call stage,autoencoder,$(DECODER),autoencoder-$(PRESET)))
 
 $(if $(FINISH_$(1)_$(PRESET)),$(call stage,finish,$(FINISH_$(1)_$(PRESET)),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET)))
 
-train-$(1): $(foreach run,rl-$(1)-$(PRESET) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
+train-$(1): $(foreach run,$(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
 	$(BIN)/python -m train report

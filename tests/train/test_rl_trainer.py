@@ -20,7 +20,11 @@ from train.datasets.split import Split, open_split
 from train.rl.recipe import RlConfig, check
 from train.rl.trainer import main, open_pipeline, open_real
 
-RECIPES = sorted((Path(__file__).parents[2] / "train" / "recipes").glob("rl-*.yaml"))
+RECIPES = sorted(
+    p
+    for p in (Path(__file__).parents[2] / "train" / "recipes").glob("*.yaml")
+    if p.stem.split("-")[0] in ("rl", "settle")
+)
 
 
 def recipe_file(path, models, **options):
@@ -163,5 +167,6 @@ def test_recipes_are_read_and_hold_together(path):
 def test_both_domains_have_all_presets():
     assert {p.stem for p in RECIPES} == {
         "rl-placement-radiology-cpu",
+        "settle-dermatology-gpu",
         *(f"rl-{domain}-{preset}" for domain in ("dermatology", "radiology") for preset in ("cpu", "gpu", "sd15")),
     }

@@ -25,7 +25,8 @@ CELLS = 8
 class MeanHeld:
     """Makes the game of each epoch from a fixed set of captions, each with a noise of its own.
 
-    Each epoch draws `mean_redrawn` of them anew, in turn; the mean is over all of them, the others as last drawn.
+    Each epoch draws `mean_redrawn` of them anew, in turn; the mean is over all of them, the others as they would be if
+    they had moved since as those did.
     """
 
     def __init__(self, table: Table, drawing: Drawing, captions: PromptTable) -> None:
@@ -39,7 +40,11 @@ class MeanHeld:
         ids = np.arange(epoch * turn, (epoch + 1) * turn) % count
         if len(self._untrained):
             worse = self._draw(ids, policy.behaviour)
-            self._drawn[torch.from_numpy(ids)] = coarse(worse)
+            now, turned = coarse(worse), torch.from_numpy(ids)
+            # What the policy has learnt since is alike for all: the others take it over until it is their turn. Left as
+            # they were, they would ask for what has been put back already.
+            self._drawn = self._drawn + (now - self._drawn[turned]).mean(dim=0)
+            self._drawn[turned] = now
         else:
             self._untrained = coarse(self._draw(everyone, None))
             drawn = self._draw(everyone, policy.behaviour)
@@ -48,8 +53,10 @@ class MeanHeld:
         back = interpolate(-moved[None], size=worse.shape[2:], mode="bilinear")
         # In standard deviations between pictures: what a unit of latents is worth differs from channel to channel.
         figure = (moved.square().mean() / self._untrained.var(dim=0).mean().clamp(min=1e-12)).sqrt().item()
-        better = worse + config.mean_gain * back
-        return self.table.game(self.captions, ids, better, worse, figures={"mean_moved": figure})
+        # Against its rival the forward objective goes 1 / (2 advantage_clip) of the way to the better one: all the way
+        # back, so that a large weight cannot go beyond.
+        better, figures = worse + 2 * config.advantage_clip * back, {"mean_moved": figure}
+        return self.table.game(self.captions, ids, better, worse, weight=config.mean_weight, figures=figures)
 
     def _draw(self, ids: np.ndarray, adapter: str | None) -> torch.Tensor:
         seeds = latent_seeds(self.table.config.seed, "rl-mean-held", 0, ids.tolist())

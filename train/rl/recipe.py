@@ -144,8 +144,8 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Captions of real images whose mean picture is held where the untrained model has it (forward); 0: none."""
     mean_redrawn: int = 32
     """Of them, drawn anew each epoch, in turn; what is learnt from."""
-    mean_gain: float = 4.0
-    """How far the mean is put back for the better latents, as a multiple of what it has moved."""
+    mean_weight: float = 20.0
+    """Weight of that beside the reward's objective, whose gradient is far noisier."""
 
     evaluate_every: int = 4
     """Epochs between looks by the judge."""
@@ -238,7 +238,7 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
         f"mean_held is {config.mean_held} and mean_redrawn {config.mean_redrawn}; each of {config.updates} updates "
         "needs one of them, and a mean two",
     )
-    yield config.mean_gain <= 0, f"mean_gain is {config.mean_gain}; allowed are those above 0"
+    yield config.mean_weight <= 0, f"mean_weight is {config.mean_weight}; allowed are those above 0"
     yield (
         not 0 < config.start_strength <= 1,
         f"start_strength is {config.start_strength}; allowed are 0 < strength <= 1",
