@@ -40,7 +40,7 @@ def test_nothing_is_put_back_where_nothing_has_moved(base):
 
 
 def test_rivals_differ_in_what_the_mean_has_moved_and_in_nothing_else(base, moved):
-    made = held(base, start=moved, advantage_clip=1.5).games["mean held"]
+    made = held(base, start=moved, advantage_clip=3.0, beta=0.5).games["mean held"]
     game = made.game(0)
     assert game.figures["mean_moved"] > 0.1
     apart = game.rollout.latents[:4] - game.rollout.latents[4:]

@@ -51,8 +51,8 @@ class Games(Protocol):
 
 
 @dataclass(frozen=True)
-class Table:
-    """Sets up games; what all of a run's have in common."""
+class Arena:
+    """Where games are played: what all of a run's have in common."""
 
     config: RlConfig
     pipeline: StableDiffusionPipeline

@@ -26,7 +26,7 @@ from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
 from train.rl.gallery import Gallery
-from train.rl.games import Games, Table
+from train.rl.games import Arena, Games
 from train.rl.looking import Looks, RealImages
 from train.rl.mean_held import MeanHeld
 from train.rl.objectives import get_objective
@@ -146,12 +146,12 @@ class RlLearner:
     def _games(self, domain: Domain, anchor: Anchor) -> dict[str, Games]:
         """What is learnt beside the rewards, by the name that it is counted and logged by."""
         config, games = self.config, dict[str, Games]()
-        table = Table(config, self.pipeline, self.policy, self.scorer.with_gradient)
+        arena = Arena(config, self.pipeline, self.policy, self.scorer.with_gradient)
         if config.self_play_images:
-            games["self play"] = SelfPlay(table, domain, self.drawing, anchor.latents, anchor.caption)
+            games["self play"] = SelfPlay(arena, domain, self.drawing, anchor.latents, anchor.caption)
         if config.mean_held:
             captions = any_prompt_table(self.pipeline, domain, anchor.captions(config.mean_held, "rl-mean-held"))
-            games["mean held"] = MeanHeld(table, self.drawing, captions)
+            games["mean held"] = MeanHeld(arena, self.drawing, captions)
         return games
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:

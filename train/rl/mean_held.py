@@ -1,10 +1,9 @@
 """The mean picture, held where the untrained model has it.
 
-A reward compares pictures of one prompt with each other. What pleases it a little in each of them, a darker lesion,
-all of them come to share, and the mean picture leaves that of real images; to a feature space that is most of the way
-which aligned pictures go. Here some captions are drawn by the untrained model, too, from the same noise, and a latent
-with the mean put back is the better one, the latent as it was drawn the worse: their pair differs in nothing but the
-mean, so nothing else is learnt from it.
+A reward compares pictures of one prompt with each other. What pleases it a little in each, a darker lesion, all of them
+come to share, and the mean picture moves away from that of real images. Here some captions are drawn by the untrained
+model, too, from the same noise: the latent with the mean put back is the better one, the latent as it was drawn the
+worse. A pair differs in nothing but the mean, so nothing else is learnt from it.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from train.rl.drawing import Drawing
-from train.rl.games import Game, Table
+from train.rl.games import Arena, Game
 from train.rl.prompts import PromptTable
 from train.rl.rollout import latent_seeds
 
@@ -29,13 +28,13 @@ class MeanHeld:
     they had moved since as those did.
     """
 
-    def __init__(self, table: Table, drawing: Drawing, captions: PromptTable) -> None:
-        self.table, self.drawing, self.captions = table, drawing, captions
+    def __init__(self, arena: Arena, drawing: Drawing, captions: PromptTable) -> None:
+        self.arena, self.drawing, self.captions = arena, drawing, captions
         self._untrained, self._drawn = torch.empty(0), torch.empty(0)
 
     def game(self, epoch: int) -> Game:
         """Latents of the captions whose turn it is in `epoch`, with the mean put back and as they were drawn."""
-        config, policy, count = self.table.config, self.drawing.policy, len(self.captions.prompts)
+        config, policy, count = self.arena.config, self.drawing.policy, len(self.captions.prompts)
         everyone, turn = np.arange(count), min(config.mean_redrawn, count)
         ids = np.arange(epoch * turn, (epoch + 1) * turn) % count
         if len(self._untrained):
@@ -53,15 +52,15 @@ class MeanHeld:
         back = interpolate(-moved[None], size=worse.shape[2:], mode="bilinear")
         # In standard deviations between pictures: what a unit of latents is worth differs from channel to channel.
         figure = (moved.square().mean() / self._untrained.var(dim=0).mean().clamp(min=1e-12)).sqrt().item()
-        # Against its rival the forward objective goes 1 / (2 advantage_clip) of the way to the better one: all the way
-        # back, so that a large weight cannot go beyond.
-        better, figures = worse + 2 * config.advantage_clip * back, {"mean_moved": figure}
-        return self.table.game(self.captions, ids, better, worse, weight=config.mean_weight, figures=figures)
+        # The forward objective has its optimum 1 / (2 beta advantage_clip) of the way from the worse to the better: that
+        # is where the mean is back, so that a large weight cannot go beyond.
+        better, figures = worse + 2 * config.beta * config.advantage_clip * back, {"mean_moved": figure}
+        return self.arena.game(self.captions, ids, better, worse, weight=config.mean_weight, figures=figures)
 
     def _draw(self, ids: np.ndarray, adapter: str | None) -> torch.Tensor:
-        seeds = latent_seeds(self.table.config.seed, "rl-mean-held", 0, ids.tolist())
+        seeds = latent_seeds(self.arena.config.seed, "rl-mean-held", 0, ids.tolist())
         with self.drawing.policy.using(adapter):
-            return self.drawing.sample(self.captions, ids, seeds, self.table.config.rollout_steps)
+            return self.drawing.sample(self.captions, ids, seeds, self.arena.config.rollout_steps)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `load_state` takes back exactly."""

@@ -15,7 +15,7 @@ import torch
 from medviz.domains.base import Domain
 from train import seeding
 from train.rl.drawing import Drawing
-from train.rl.games import Game, Table
+from train.rl.games import Arena, Game
 from train.rl.prompts import any_prompt_table
 from train.rl.rollout import latent_seeds
 
@@ -28,7 +28,7 @@ class SelfPlay:
     as often as there are: what is drawn is to have the real mix.
     """
 
-    table: Table
+    arena: Arena
     domain: Domain
     drawing: Drawing
     latents: torch.Tensor
@@ -36,7 +36,7 @@ class SelfPlay:
 
     def game(self, epoch: int) -> Game:
         """The captions of `epoch`, each as photographed and as the behaviour policy draws it now."""
-        config, policy = self.table.config, self.drawing.policy
+        config, policy = self.arena.config, self.drawing.policy
         chosen = seeding.batch_indices(
             self.latents.shape[1], config.self_play_images, epoch, config.seed, "rl-self-play"
         )
@@ -45,12 +45,12 @@ class SelfPlay:
             rng = random.Random(seeding.key(config.seed, "rl-self-play-caption", epoch, i))
             captions.append(self.caption(i, rng))
             real.append(self.latents[rng.randrange(len(self.latents)), i].float())
-        prompts = any_prompt_table(self.table.pipeline, self.domain, captions)
+        prompts = any_prompt_table(self.arena.pipeline, self.domain, captions)
         ids = np.arange(len(captions))
         seeds = latent_seeds(config.seed, "rl-self-play-latents", epoch, ids.tolist())
         with policy.using(policy.behaviour):
             drawn = self.drawing.sample(prompts, ids, seeds, config.rollout_steps)
-        return self.table.game(prompts, ids, torch.stack(real), drawn, weight=config.self_play_weight)
+        return self.arena.game(prompts, ids, torch.stack(real), drawn, weight=config.self_play_weight)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Nothing: all of it is a function of the epoch and of the policy."""
