@@ -52,8 +52,8 @@ class MeanHeld:
         back = interpolate(-moved[None], size=worse.shape[2:], mode="bilinear")
         # In standard deviations between pictures: what a unit of latents is worth differs from channel to channel.
         figure = (moved.square().mean() / self._untrained.var(dim=0).mean().clamp(min=1e-12)).sqrt().item()
-        # The forward objective has its optimum 1 / (2 beta advantage_clip) of the way from the worse to the better: that
-        # is where the mean is back, so that a large weight cannot go beyond.
+        # The optimum of the forward objective lies 1 / (2 beta advantage_clip) of the way from worse to better: there
+        # the mean is back, and a large weight cannot go beyond.
         better, figures = worse + 2 * config.beta * config.advantage_clip * back, {"mean_moved": figure}
         return self.arena.game(self.captions, ids, better, worse, weight=config.mean_weight, figures=figures)
 
