@@ -88,7 +88,13 @@ class DiffusionConfig(StageConfig):
     layers: int = 1
     heads: int = 4
     orientations: int = 1
-    """Cached orientations of each training image: more than 1 only where up and left mean nothing."""
+    """Cached variants of each training image. Without `crop` they are turned and mirrored: more than 1 only where up
+    and left mean nothing."""
+    crop: float = 0.0
+    """Share of an image's side that variants may leave out, in place of turning them. A generator that sees each of a
+    few thousand images hundreds of times learns them by heart; of each a few crops are not the same picture."""
+    dropout: float = 0.0
+    """Of the residual blocks' features while training, against the same."""
     source_shares: tuple[str, ...] = ()
     """SOURCE=SHARE of the samples; unnamed sources share the rest by size."""
     rarity_power: float = 0.5
@@ -198,6 +204,7 @@ def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int)
         up_block_types=("CrossAttnUpBlock2D",) * len(config.channels),
         layers_per_block=config.layers,
         attention_head_dim=config.heads,
+        dropout=config.dropout,
         cross_attention_dim=text_width,
         norm_num_groups=16,
     )
@@ -212,7 +219,9 @@ class DiffusionLearner:
         self.domain = get_domain(config.domain)
         self.vae = AutoencoderTiny.from_pretrained(config.autoencoder).to(config.device).eval()
         cache = Path(config.latents) if config.latents else Path(config.out).parent / "latents"
-        self.latents = split_latents(self.vae, train, config.size_px, config.orientations, config.seed, cache)
+        self.latents = split_latents(
+            self.vae, train, config.size_px, config.orientations, config.seed, cache, crop=config.crop
+        )
         self.validation = validation
         self.validation_latents = split_latents(self.vae, validation, config.size_px, 1, config.seed, cache)[0]
         self.weights = sample_weights(train, config.source_shares, config.rarity_power, config.label_shares)

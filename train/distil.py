@@ -92,7 +92,7 @@ class DistilConfig(RealLatentsConfig, GuidedConfig):
     adversary_alone: int = 200
     """First steps, in which it learns and is not yet heeded."""
     bf16: bool = False
-    """The student's passes in bf16 by autocast; weights, optimiser and losses stay fp32."""
+    """Teacher's and student's passes in bf16 by autocast; weights, optimiser and losses stay fp32."""
     compile: bool = False
     """Compile the UNet, for minutes at first: see `train.compiling`."""
 
@@ -146,7 +146,7 @@ def draw_trajectories(
     count = config.trajectories + config.held_out
     captions = captions_of(config, count)
     weights = sorted(Path(config.base).rglob("*.safetensors"))
-    drawn = ("domain", "seed", "teacher_steps", "starts", "trajectories", "held_out", "draw_batch")
+    drawn = ("domain", "seed", "teacher_steps", "starts", "trajectories", "held_out", "draw_batch", "bf16")
     identity: list[Any] = [
         {name: getattr(config, name) for name in drawn},
         str(config.guidance),
@@ -164,7 +164,8 @@ def draw_trajectories(
             path = folder / f"states-{start:06d}.safetensors"
             rows = range(start, min(start + config.draw_batch, count))
             if not path.is_file():
-                with using_adapter(pipeline.unet, BESIDE if beside else None):
+                low = torch.autocast(pipeline.unet.device.type, torch.bfloat16, enabled=config.bf16)
+                with using_adapter(pipeline.unet, BESIDE if beside else None), low:
                     states = _draw(config, pipeline, [captions[i] for i in rows], list(rows))
                 writing = path.with_name(f".writing-{path.name}")
                 save_file({"states": states}, writing)

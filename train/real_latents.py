@@ -47,5 +47,6 @@ def open_real_latents(config: RealLatentsConfig, pipeline: StableDiffusionPipeli
     """Those of the domain's training images, encoded now unless they were before."""
     split = open_split(config.domain, "train")
     vae = AutoencoderTiny.from_pretrained(config.autoencoder).eval() if config.autoencoder else pipeline.vae
+    vae = vae.to(pipeline.device)  # where encoding takes seconds and not minutes
     latents = split_latents(vae, split, config.size_px, config.orientations, config.latents_seed, Path(config.latents))
     return RealLatents(latents, sample_weights(split, config.source_shares, config.rarity_power), split)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.train.test_rl_processes import ended, started
 from train import checkpoint, seeding
 from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_components, write_encoder
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
-from train.datasets.latents import split_latents, to_pixels
+from train.datasets.latents import cropped, split_latents, to_pixels
 from train.datasets.split import Split
 from train.datasets.weights import sample_weights
 from train.diffusion import (
@@ -245,6 +246,47 @@ def test_latent_cache_outlives_a_better_decoder_but_not_another_encoder(stages, 
         vae.encoder.layers[-1].bias.add_(1)
     split_latents(vae, train, 32, 1, 0, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_crop_is_part_of_the_image_and_never_turned() -> None:
+    ramp = torch.arange(64, dtype=torch.uint8).mul(3)
+    image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, torch.full((64, 64), 9)], dim=-1).to(torch.uint8)
+    assert torch.equal(cropped(image, 0.0, random.Random(0)), image)
+    lowest = []
+    for seed in range(20):
+        crop = cropped(image, 0.25, random.Random(seed))
+        assert crop.shape == image.shape
+        assert crop.dtype == torch.uint8
+        across, down = crop[32, :, 0].int(), crop[:, 32, 1].int()
+        assert (across.diff() >= 0).all()
+        assert (down.diff() >= 0).all()
+        assert across[-1] - across[0] >= 0.7 * (image[0, -1, 0].int() - image[0, 0, 0].int())
+        assert (crop[..., 2] == 9).all()
+        lowest.append((across[0].item(), down[0].item()))
+    assert len(set(lowest)) > 10  # anywhere in it
+
+
+def test_crops_are_variants_of_their_own(stages, tmp_path) -> None:
+    root, train, *_ = stages
+    vae = AutoencoderTiny.from_pretrained(root / "autoencoder/model")
+    turned = split_latents(vae, train, 32, 2, 0, tmp_path)
+    crops = split_latents(vae, train, 32, 2, 0, tmp_path, crop=0.25)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(turned[0], crops[0])
+    assert not torch.equal(turned[1], crops[1])
+    assert torch.equal(crops, split_latents(vae, train, 32, 2, 0, tmp_path / "again", crop=0.25))
+
+
+def test_dropout_is_on_while_training_and_off_in_what_is_exported(stages, tmp_path) -> None:
+    _, train, validation, config, _ = stages
+    learner = DiffusionLearner(replace(config, out=str(tmp_path / "run"), dropout=0.5), train, validation)
+    shape = (1, learner.latents.shape[2], *learner.latents.shape[-2:])
+    given = (torch.ones(shape), torch.tensor([500]), learner.embed(learner.tokens(["a dermoscopic image"])))
+    with torch.no_grad():
+        assert not torch.equal(learner.unet(*given).sample, learner.unet(*given).sample)
+        learner.export(tmp_path / "model")
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / "model/unet")
+        assert torch.equal(unet(*given).sample, unet(*given).sample)
 
 
 def test_equal_captions_share_the_target() -> None:

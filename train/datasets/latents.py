@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 from pathlib import Path
 from typing import TypeAlias
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from medviz.errors import InputError
@@ -50,13 +52,31 @@ def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
     return latents * vae.config.scaling_factor
 
 
-def split_latents(
-    vae: Autoencoder, split: Split, size_px: int, variants: int, seed: int, cache: Path, batch: int = 32
-) -> torch.Tensor:
-    """Latents of every image of a split in `variants` orientations, fp16 (variants, N, C, h, w).
+def cropped(image: torch.Tensor, share: float, rng: random.Random) -> torch.Tensor:
+    """A square of uint8 image (H, H, 3), up to `share` of its side smaller and anywhere in it, at the image's size."""
+    side = len(image)
+    kept = side - round(rng.uniform(0, share) * side)
+    top, left = rng.randint(0, side - kept), rng.randint(0, side - kept)
+    part = image[top : top + kept, left : left + kept].permute(2, 0, 1)[None].float()
+    resized = interpolate(part, size=(side, side), mode="bicubic", align_corners=False)
+    return resized[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
 
-    Variant 0 is the image as it is; the others are dihedral elements drawn by image index. The file in `cache` is named
-    by everything it depends on, the encoder's weights included, so that another autoencoder never finds it.
+
+def split_latents(
+    vae: Autoencoder,
+    split: Split,
+    size_px: int,
+    variants: int,
+    seed: int,
+    cache: Path,
+    batch: int = 32,
+    crop: float = 0.0,
+) -> torch.Tensor:
+    """Latents of every image of a split in `variants` variants, fp16 (variants, N, C, h, w).
+
+    Variant 0 is the image as it is; the others, drawn by image index, are dihedral elements, or with a `crop` above 0
+    what `cropped` leaves of it. The file in `cache` is named by everything it depends on, the encoder's weights
+    included, so that another autoencoder never finds it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.encoder.state_dict().items()):
@@ -65,6 +85,8 @@ def split_latents(
     digest.update(
         repr((split.domain, split.name, len(split), size_px, variants, seed, vae.config.scaling_factor)).encode()
     )
+    if crop:
+        digest.update(repr(crop).encode())
     path = cache / f"latents-{split.domain}-{split.name}-{digest.hexdigest()[:16]}.safetensors"
     if path.is_file():
         return load_file(path)["latents"]
@@ -75,8 +97,13 @@ def split_latents(
             for start in range(0, len(images), batch):
                 part = torch.from_numpy(images[start : start + batch]).to(vae.device)
                 if variant:
-                    chosen = [seeding.key(seed, "orientation", variant, start + j) % 7 + 1 for j in range(len(part))]
-                    part = torch.stack([dihedral(image, element) for image, element in zip(part, chosen, strict=True)])
+                    keys = [seeding.key(seed, "orientation", variant, start + j) for j in range(len(part))]
+                    part = torch.stack(
+                        [
+                            cropped(image, crop, random.Random(key)) if crop else dihedral(image, key % 7 + 1)
+                            for image, key in zip(part, keys, strict=True)
+                        ]
+                    )
                 encoded.append(encode(vae, to_pixels(part, vae.device)).half().cpu())
                 bar.update(len(part))
     latents = torch.cat(encoded).unflatten(0, (variants, len(images)))
