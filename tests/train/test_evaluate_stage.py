@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from medviz.domains import get_domain
 from medviz.errors import InputError, ModelError
 from medviz.models.library import LoadedDomain, ModelLibrary
+from medviz.models.manifest import write_manifest
 from tests import tiny
 from train.datasets.split import open_split
 from train.evaluate.features import image_encoder_space, independent_space, segmenter_space
@@ -136,6 +139,37 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     for shown in ("Prompt accuracy by the judge", "every class as often", "Diagnosis asked for, taken for"):
         assert shown in readme.read_text()
     assert len(read_reports(tmp_path / "reports")) == 1
+
+
+def test_other_eyes_measure_two_generators_alike_and_write_the_history_alone(
+    model_root: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDVIZ_DATA", str(images_folder))
+    other = tmp_path / "models" / "dermatology"
+    shutil.copytree(model_root / "dermatology", other)
+    card = json.loads((other / "judge" / "heads.json").read_text())
+    card["threshold"] = dict.fromkeys(card["heads"], 0.01)  # a judge that sees everything everywhere
+    (other / "judge" / "heads.json").write_text(json.dumps(card))
+    (other / "manifest.json").unlink()
+    fields = json.loads((model_root / "dermatology" / "manifest.json").read_text())
+    write_manifest(other, {name: value for name, value in fields.items() if name not in ("files", "format_version")})
+    config = config_for(model_root, tmp_path)
+    own = run(config)
+    seen = run(replace(config, eyes=str(tmp_path / "models"), out=str(tmp_path / "seen")))
+    theirs = run(replace(config, models=str(tmp_path / "models"), out=str(tmp_path / "theirs"), reports=""))
+    assert seen["models"]["eyes"] == theirs["models"]["eyes"] != own["models"]["eyes"]
+    assert seen["models"]["weights"] == own["models"]["weights"]
+    of_grid = [
+        {f["name"]: f["baseline"]["value"] for f in r["figures"] if f["prompts"] == "grid"} for r in (seen, theirs, own)
+    ]
+    # their generator draws the same here; theirs alone are real images of the size it draws
+    assert of_grid[0] == of_grid[1] != of_grid[2]
+    entries = read_history(tmp_path / "reports" / "history-dermatology.json")
+    assert [entry["eyes"] for entry in entries] == [own["models"]["eyes"], seen["models"]["eyes"]]
+    reports = tmp_path / "reports"
+    assert [path.name for path in reports.glob("evaluation-*")] == ["evaluation-dermatology-2-steps.json"]
+    assert json.loads((reports / "evaluation-dermatology-2-steps.json").read_text()) == own
+    assert not list((tmp_path / "seen").glob("*.png"))
 
 
 def test_half_precision_is_drawn_anew_and_recorded(

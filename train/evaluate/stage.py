@@ -30,7 +30,7 @@ from medviz.generation.guidance import Guidance
 from medviz.generation.sampling import FewSteps
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import LoadedDomain, ModelLibrary
-from medviz.models.manifest import FileRecord
+from medviz.models.manifest import FileRecord, read_manifest
 from medviz.rewards.attribute import attribute_reward, prompt_targets
 from medviz.rewards.classifier import AttributeClassifier
 from train.config import StageConfig, parse
@@ -74,6 +74,10 @@ class EvaluateConfig(StageConfig):
     domain: str = "dermatology"
     models: str = "assets/models"
     """Folder that holds the domain's model folder."""
+    eyes: str = ""
+    """Another such folder, whose judge, reward and second feature space look on in place of the model's own: generators
+    that have networks of their own are measured alike, against real images of the size that judge reads. Reports get an
+    entry in the history alone."""
     adapters: tuple[str, ...] = ()
     """Adapters to compare with the baseline; none named: the default one."""
     split: str = "validation"
@@ -109,11 +113,13 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     dtype = torch.bfloat16 if config.bf16 else None
     loaded = ModelLibrary(Path(config.models), config.device, dtype).load(config.domain)
     adapters = _chosen_adapters(config, loaded)
-    size_px = int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
+    watching = Path(config.eyes) / config.domain if config.eyes else loaded.folder
+    judge = AttributeClassifier.load(watching / "judge", config.device)
+    reward = AttributeClassifier.load(watching / "rewards" / "attribute", config.device)
+    drawn_px = int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
+    size_px = judge.size_px if config.eyes else drawn_px
     split = open_split(config.domain, config.split)
     real = real_images(split, domain, config.captions, size_px, config.seed)
-    judge = AttributeClassifier.load(loaded.folder / "judge", config.device)
-    reward = AttributeClassifier.load(loaded.folder / "rewards" / "attribute", config.device)
     prompts = domain.validation_prompts()
     prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
     guidance = Guidance.of_recipe(loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE)
@@ -153,10 +159,10 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
             if role == "judge" and kind == "classes":
                 probabilities = {name: r.probabilities for name, r in read.items()}
                 confused = confusions(domain, classifier.heads, classifier.thresholds, parsed, probabilities)
-    for space in (independent_space(loaded.folder, config.device), judge_space(judge)):
+    for space in (independent_space(watching, config.device), judge_space(judge)):
         independent = space.name != "judge"
         figures += _in_space(config, space, grid, pictures, real, size_px, independent=independent)
-    sheet = _write_sheets(config, domain, loaded, adapters, guidance, judge.heads)
+    sheet = None if config.eyes else _write_sheets(config, domain, loaded, adapters, guidance, judge.heads)
     report = _report(config, command, loaded, adapters, real, grid, figures, sheet) | {"confusions": confused}
     _write_report(config, report)
     return report
@@ -322,6 +328,7 @@ def _report(
     sheet: str | None,
 ) -> dict[str, Any]:
     manifest = loaded.manifest
+    eyes = read_manifest(Path(config.eyes) / config.domain).files if config.eyes else _files(loaded)
     return {
         "format_version": FORMAT_VERSION,
         "kind": "evaluation",
@@ -345,7 +352,7 @@ def _report(
         "seeds": sorted(set(grid.seeds)),
         "models": {
             "sha256": manifest.sha256,
-            "eyes": eyes_digest(_files(loaded)),
+            "eyes": eyes_digest(eyes),
             "weights": {a or BASELINE: weights_digest(_files(loaded), a) for a in (None, *adapters)},
         },
         "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
@@ -366,7 +373,7 @@ def _folders(config: EvaluateConfig) -> list[Path]:
 def _write_report(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     places = [Path(config.out) / "metrics.json"]
-    if config.reports:
+    if config.reports and not config.eyes:
         places.append(Path(config.reports) / f"evaluation-{_stem(config)}.json")
     for path in places:
         path.parent.mkdir(parents=True, exist_ok=True)
