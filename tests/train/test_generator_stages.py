@@ -275,7 +275,7 @@ def test_crops_are_variants_of_their_own(stages, tmp_path) -> None:
     assert torch.equal(turned[0], crops[0])
     assert not torch.equal(turned[1], crops[1])
     assert torch.equal(crops, split_latents(vae, train, 32, 2, 0, tmp_path / "again", crop=0.25))
-    with pytest.raises(InputError, match="crop is 1.0; allowed"):
+    with pytest.raises(InputError, match=r"crop is 1\.0; allowed"):
         split_latents(vae, train, 32, 2, 0, tmp_path, crop=1.0)
 
 

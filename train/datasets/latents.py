@@ -76,8 +76,8 @@ def split_latents(
 
     Variant 0 is the image as it is; the others, drawn by image index, are dihedral elements, or with a `crop` above 0
     what `cropped` leaves of it. The file in `cache` is named by everything it depends on, the encoder's weights
-    included, so that another autoencoder never finds it. Raises
-    InputError for a crop outside [0, 1).
+    included, so that another autoencoder never finds it.
+    Raises InputError for a crop outside [0, 1).
     """
     if not 0 <= crop < 1:
         raise InputError(f"crop is {crop}; allowed are 0 <= crop < 1")
