@@ -65,6 +65,8 @@ class DistilConfig(RealLatentsConfig, GuidedConfig):
     it on, from trajectories that were drawn with it on. Empty: none."""
     beside_strength: float = 1.0
     """Share of its change that ships."""
+    start: str = ""
+    """Folder of an adapter of the same shape to go on from; empty: none."""
     adapter: str = "few_steps"
     title: str = "In few steps"
     teacher_steps: int = 20
@@ -214,6 +216,8 @@ class DistilLearner:
             folded=not config.bf16,
             seed=config.seed,
         )
+        if config.start:
+            self.policy.go_on_from(Path(config.start))
         if config.compile:
             pipeline.unet.forward = compiled_forward(pipeline.unet)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), config.learning_rate, weight_decay=0.0, fused=True)

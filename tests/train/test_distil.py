@@ -127,6 +127,18 @@ def test_the_student_comes_nearer_and_the_generator_stays(base, cache, tmp_path)
     torch.testing.assert_close(read, kept, atol=1e-4, rtol=1e-3)
 
 
+def test_a_run_goes_on_from_the_adapter_of_another(base, cache, tmp_path) -> None:
+    config = config_for(base, tmp_path / "first", steps=30, learning_rate=1e-2, average_decay=0.9)
+    first = learner(config, cache)
+    untrained = missed(first)
+    fit(first, config)
+    second = learner(config_for(base, tmp_path / "second", start=str(tmp_path / "first/model")), cache)
+    assert missed(second) == pytest.approx(missed(first), rel=1e-3)
+    assert missed(second) < untrained
+    with pytest.raises(InputError, match="another rank"):
+        learner(config_for(base, tmp_path / "third", start=str(tmp_path / "first/model"), rank=2), cache)
+
+
 @pytest.fixture
 def with_adversary(tmp_path, monkeypatch) -> dict[str, object]:
     write_split(tmp_path / "images/dermatology", "train", 12, seed=4)

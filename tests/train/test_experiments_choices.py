@@ -71,6 +71,14 @@ def test_what_costs_more_a_step_takes_fewer(tmp_path: Path, models: Path) -> Non
     assert wider.recipe.out == str(tmp_path / "run" / "wider")
 
 
+def test_a_share_of_the_compute_is_a_share_of_the_steps(tmp_path: Path, models: Path) -> None:
+    choices = {"first": "", "half": "", "wider": "--channels 32 64"}
+    once = plan(config_for(tmp_path, models, choices=choices))
+    found = plan(config_for(tmp_path, models, choices=choices, compute={"half": 0.5, "wider": 3}))
+    assert [one.recipe.steps for one in found.values()][:2] == [12, 6]
+    assert abs(found["wider"].recipe.steps - 3 * once["wider"].recipe.steps) <= 2
+
+
 def test_operations_are_counted_as_in_a_convolution_by_hand(tmp_path: Path, models: Path) -> None:
     """Two networks that differ in the width of the latents alone differ in their first and last convolution alone."""
     recipe = read_recipe(config_for(tmp_path, models).diffusion, DiffusionConfig)
@@ -96,6 +104,9 @@ def test_operations_are_counted_as_in_a_convolution_by_hand(tmp_path: Path, mode
         ({"choices": {"a": "", "b": "--steps 5"}}, "share domain and steps"),
         ({"choices": {"a": "", "b": "--domain radiology"}}, "share domain and steps"),
         ({"captions": 3}, "captions must be at least 4"),
+        ({"compute": {"first": 2}}, "compute gives 'first' 2; allowed are numbers above 0 for seed, wider"),
+        ({"compute": {"another": 2}}, "compute gives 'another' 2"),
+        ({"compute": {"seed": 0}}, "compute gives 'seed' 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: Path, options: Any, message: str) -> None:
@@ -137,15 +148,20 @@ def test_choices_are_trained_measured_and_found_again(
 
 
 def test_the_command_line_takes_a_recipe(tmp_path: Path, models: Path) -> None:
-    wanted = config_for(tmp_path, models, choices={"a": "", "b": "--prediction epsilon"}, steps=1)
+    choices = {"a": "", "b": "--prediction epsilon"}
+    wanted = config_for(tmp_path, models, choices=choices, compute={"b": 0.5}, steps=1)
     recipe = tmp_path / "choices.yaml"
     recipe.write_text(yaml.safe_dump({**vars(wanted), "guidance_interval": [0, 1000]}))
     main([str(recipe)])
-    assert (tmp_path / "reports" / "choices-dermatology.json").is_file()
+    found = json.loads((tmp_path / "reports" / "choices-dermatology.json").read_text())
+    assert [arm["label"] for arm in found["arms"]] == ["a", "b (`--prediction epsilon`, 0.5 times the compute)"]
+    assert [found["runs"][name]["steps"] for name in "ab"] == [12, 6]
 
 
-def test_the_recipe_names_choices_that_the_stage_takes() -> None:
-    config = read_recipe(RECIPES / "choices-dermatology-cpu.yaml", ChoicesConfig)
+@pytest.mark.parametrize("domain", ["dermatology", "radiology"])
+def test_the_recipe_names_choices_that_the_stage_takes(domain: str) -> None:
+    config = read_recipe(RECIPES / f"choices-{domain}-cpu.yaml", ChoicesConfig)
+    assert set(config.compute) <= set(list(config.choices)[1:])
     shared = config.shared.split()
     for overrides in config.choices.values():
         flags = [flag if flag != "''" else "" for flag in [*shared, *overrides.split()]]

@@ -241,6 +241,7 @@ def test_latent_cache_outlives_a_better_decoder_but_not_another_encoder(stages, 
     with torch.no_grad():
         vae.decoder.layers[0].weight.add_(1)
     split_latents(vae, train, 32, 1, 0, tmp_path)
+    split_latents(vae, train, 32, 1, 1, tmp_path)  # nothing was drawn with the seed
     assert len(list(tmp_path.iterdir())) == 1
     with torch.no_grad():
         vae.encoder.layers[-1].bias.add_(1)
@@ -275,6 +276,7 @@ def test_crops_are_variants_of_their_own(stages, tmp_path) -> None:
     assert torch.equal(turned[0], crops[0])
     assert not torch.equal(turned[1], crops[1])
     assert torch.equal(crops, split_latents(vae, train, 32, 2, 0, tmp_path / "again", crop=0.25))
+    assert not torch.equal(crops, split_latents(vae, train, 32, 2, 1, tmp_path, crop=0.25))
     with pytest.raises(InputError, match=r"crop is 1\.0; allowed"):
         split_latents(vae, train, 32, 2, 0, tmp_path, crop=1.0)
 

@@ -76,7 +76,7 @@ def split_latents(
 
     Variant 0 is the image as it is; the others, drawn by image index, are dihedral elements, or with a `crop` above 0
     what `cropped` leaves of it. The file in `cache` is named by everything it depends on, the encoder's weights
-    included, so that another autoencoder never finds it.
+    included, so that another autoencoder never finds it; the seed takes no part in one variant and not in its name.
     Raises InputError for a crop outside [0, 1).
     """
     if not 0 <= crop < 1:
@@ -85,8 +85,9 @@ def split_latents(
     for name, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().numpy().tobytes())
+    drawn_by = seed if variants > 1 else 0
     digest.update(
-        repr((split.domain, split.name, len(split), size_px, variants, seed, vae.config.scaling_factor)).encode()
+        repr((split.domain, split.name, len(split), size_px, variants, drawn_by, vae.config.scaling_factor)).encode()
     )
     if crop:
         digest.update(repr(crop).encode())

@@ -1,4 +1,5 @@
-"""`python -m train choices RECIPE`: ways of training a generator side by side, each at the same compute.
+"""`python -m train choices RECIPE`: ways of training a generator side by side, each at the same compute, and the first
+of them at more and less.
 
 Every choice is the shared diffusion recipe with overrides of its own, trained in a folder that repeats it
 (`python -m train diffusion OUT/CHOICE/recipe.yaml`), for as many steps as the first one's compute allows. All draw the
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import shlex
 import time
 from collections.abc import Mapping
@@ -60,6 +62,8 @@ class ChoicesConfig(GuidedConfig):
     """Overrides of it for all, as on the stage's command line; its --steps give the first choice's compute to all."""
     choices: dict[str, str] = field(default_factory=dict)
     """Choice -> its own overrides. The first is what the others are held against."""
+    compute: dict[str, float] = field(default_factory=dict)
+    """Choice -> how many times the first one's compute it gets; one that is not named gets as much."""
     judge: str = ""
     features: str = ""
     """Folder that holds features/, the second feature space."""
@@ -73,11 +77,13 @@ class ChoicesConfig(GuidedConfig):
 
 @dataclass(frozen=True)
 class Choice:
-    """One way of training. overrides: as they were written. flops: of a UNet pass of one image."""
+    """One way of training. overrides: as they were written. flops: of a UNet pass of one image. compute: how many times
+    the first one's it gets."""
 
     overrides: str
     recipe: DiffusionConfig
     flops: int
+    compute: float = 1.0
 
 
 def unet_flops(config: DiffusionConfig) -> int:
@@ -99,16 +105,20 @@ def unet_flops(config: DiffusionConfig) -> int:
 
 
 def plan(config: ChoicesConfig) -> dict[str, Choice]:
-    """Choice -> its recipe, whose steps cost what the first one's do.
+    """Choice -> its recipe, whose steps cost what the first one's do, or its share of that.
 
-    Raises InputError for fewer than two choices, names that no folder can have, and choices that read another domain or
-    say how many steps they take.
+    Raises InputError for fewer than two choices, names that no folder can have, choices that read another domain or say
+    how many steps they take, and a share of the compute that is not above 0, the first one's own or no choice's.
     """
     if len(config.choices) < 2:
         raise InputError("name at least two choices and their overrides; the first may have none")
     for option, low in (("captions", 4), ("batch", 1), ("steps", 1)):
         if getattr(config, option) < low:
             raise InputError(f"{option} must be at least {low}, found {getattr(config, option)}")
+    others = list(config.choices)[1:]
+    for name, times in config.compute.items():
+        if name not in others or not 0 < times < math.inf:
+            raise InputError(f"compute gives {name!r} {times}; allowed are numbers above 0 for {', '.join(others)}")
     plans: dict[str, Choice] = {}
     for name, overrides in config.choices.items():
         if not NAME_PATTERN.fullmatch(name):
@@ -121,13 +131,14 @@ def plan(config: ChoicesConfig) -> dict[str, Choice]:
         first = next(iter(plans.values())).recipe if plans else recipe
         if recipe.domain != first.domain or recipe.steps != first.steps:
             raise InputError(f"{name}: all choices share domain and steps; the steps follow from the compute")
-        plans[name] = Choice(overrides, recipe, unet_flops(recipe))
+        plans[name] = Choice(overrides, recipe, unet_flops(recipe), config.compute.get(name, 1.0))
     first_of_all = next(iter(plans.values()))
     budget = first_of_all.flops * first_of_all.recipe.batch * first_of_all.recipe.steps
-    return {
-        name: replace(one, recipe=replace(one.recipe, steps=max(1, round(budget / one.flops / one.recipe.batch))))
-        for name, one in plans.items()
-    }
+
+    def steps(one: Choice) -> int:
+        return max(1, round(one.compute * budget / one.flops / one.recipe.batch))
+
+    return {name: replace(one, recipe=replace(one.recipe, steps=steps(one))) for name, one in plans.items()}
 
 
 def run(config: ChoicesConfig, command: str = "") -> dict[str, Any] | None:
@@ -197,7 +208,7 @@ def report(
     return {
         "format_version": FORMAT_VERSION,
         "kind": "choices",
-        "title": f"{domain.label}: ways of training the generator, at one compute",
+        "title": f"{domain.label}: ways of training the generator, at one compute where a row names no other",
         "domain": first.domain,
         "command": command,
         "default_adapter": None,
@@ -209,7 +220,7 @@ def report(
             "split": SPLIT,
             "recipe": config.diffusion,
             "shared": config.shared,
-            "petaflops_of_each_run": round(_training_flops(plans[names[0]]) / 1e15, 2),
+            "petaflops_of_the_first_run": round(_training_flops(plans[names[0]]) / 1e15, 2),
             "captions": len(real.captions),
             "real_references": len(real.reference),
             "steps": config.steps,
@@ -226,8 +237,10 @@ def _change(name: str) -> str:
 
 
 def _label(name: str, choice: Choice) -> str:
+    notes = [f"`{choice.overrides}`"] if choice.overrides else []
+    notes += [f"{choice.compute:g} times the compute"] if choice.compute != 1 else []
     words = name.replace("_", " ")
-    return f"{words} (`{choice.overrides}`)" if choice.overrides else words
+    return f"{words} ({', '.join(notes)})" if notes else words
 
 
 def _training_flops(choice: Choice) -> int:
