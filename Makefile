@@ -95,12 +95,9 @@ DECODER = $(if $(filter cpu,$(PRESET)),decoder-cpu,decoder-$(1)-$(PRESET))
 FINISH_radiology_cpu := finish-radiology-cpu
 SHIPPED_DECODER = $(or $(FINISH_$(1)_$(PRESET)),$(DECODER))
 
-# The adapter that ships: where reinforcement learning goes on with the mean picture held, and then learns what no reward teaches,
-# that one.
+# The adapter that ships: where reinforcement learning goes on with the mean picture held, that one.
 SETTLE_dermatology_gpu := settle-dermatology-gpu
-SLIDER_dermatology_gpu := slider-dermatology-gpu
-SETTLED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
-ALIGNED = $(or $(SLIDER_$(1)_$(PRESET)),$(SETTLED))
+ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
@@ -123,8 +120,6 @@ $(call stage,segmenter,segmenter-$(1)-$(PRESET),)
 $(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR) $(DECODER) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
 
 $(if $(SETTLE_$(1)_$(PRESET)),$(call stage,rl,$(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET)))
-
-$(if $(SLIDER_$(1)_$(PRESET)),$(call stage,slider,$(SLIDER_$(1)_$(PRESET)),$(SETTLED)))
 
 $(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET))
 

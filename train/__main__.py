@@ -17,7 +17,6 @@ STAGES = {
     "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),
     "anatomy_prompts": ("train.anatomy_prompts", "words of places learn to look at their place"),
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
-    "slider": ("train.slider", "an adapter learns to draw more of an attribute that captions name"),
     "evaluate": (
         "train.evaluate",
         "fidelity, alignment, diversity, memorisation; `evaluate grounding`: where phrases look; `evaluate placement`",

@@ -120,7 +120,7 @@ def _adapters(manifest: Manifest) -> list[tuple[Any, ...]]:
         gain = details.get("metrics", {}).get("judge_gain") or {}
         interval = _interval(gain)
         gained = f"{_cell(gain['value'])} ({interval}, n {gain.get('n')})" if gain and interval else ""
-        objective = details.get("objective") or details.get("recipe", {}).get("objective", "")
+        objective = details.get("recipe", {}).get("objective", "")
         used = ", ".join(use for use, which in uses.items() if which == name)
         rows.append((f"`{name}`", details.get("title"), objective, gained, used))
     return rows
