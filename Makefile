@@ -22,7 +22,7 @@ help:
 	@echo "make test-gpu            the tests at Stable Diffusion's size, on a machine with a CUDA card"
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, a quarter of an hour on two idle cores, minutes of compiling included"
-	@echo "make experiments         methods and ways of training at one budget, synthetic pictures as augmentation, anatomy: five hours on two idle cores"
+	@echo "make experiments         methods and ways of training at one budget, synthetic pictures as augmentation, anatomy: six hours on two idle cores"
 	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
@@ -157,12 +157,13 @@ bench: $(VENV)/.bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/train/test_benchmark_rl.py
 	$(BIN)/python -m train bench rl
 
-# All go on from what a stopped run finished. They need MEDVIZ_DATA and the cpu preset's runs of both domains: make restore
-# lays radiology's out, which ships; dermatology's are trained by make train-dermatology.
+# All go on from what a stopped run finished. They need MEDVIZ_DATA and the cpu preset's runs of both domains, which make
+# train-dermatology and make train-radiology train; make restore lays out the gpu preset's, which ship.
 experiments: $(VENV)/.bench anatomy
 	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
 	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
 	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml
+	$(BIN)/python -m train choices train/recipes/choices-radiology-cpu.yaml
 	$(BIN)/python -m train report
 
 anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json)
@@ -172,11 +173,10 @@ anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology
 	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml
 	$(BIN)/python -m train report
 
-# The preset of what ships.
-SHIPPED_dermatology := gpu
-SHIPPED_radiology := cpu
+# The preset of what ships, in both domains.
+SHIPPED := gpu
 restore: setup-dev
-	$(foreach name,dermatology radiology,$(BIN)/python -m train restore train/recipes/assemble-$(name)-$(SHIPPED_$(name)).yaml &&) true
+	$(foreach name,dermatology radiology,$(BIN)/python -m train restore train/recipes/assemble-$(name)-$(SHIPPED).yaml &&) true
 
 report: setup-dev
 	$(BIN)/python -m train report

@@ -1,6 +1,7 @@
 """A model folder laid out as runs again, and assembled anew from them."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from medviz.errors import InputError, ModelError
 from medviz.models.manifest import hash_file, read_manifest
-from train.assemble import Parts, assemble
+from train.assemble import Parts, assemble, read_parts
 from train.restore import restore
 
 STAGES = ("autoencoder", "coarse", "rl")
@@ -118,3 +119,15 @@ def test_what_another_preset_made_is_not_taken_for_its_runs(folder, parts, tmp_p
     with pytest.raises(InputError, match="made by the preset 'cpu', the recipe is of 'gpu'"):
         restore(replace(parts, preset="gpu"), folder)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("domain", ["dermatology", "radiology"])
+def test_make_restores_with_the_recipe_of_what_ships(domain):
+    """Read from the Makefile itself: the recipe that it restores by is of the preset that the manifest names."""
+    root = Path(__file__).resolve().parents[2]
+    (preset,) = re.findall(r"^SHIPPED := (\w+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    shipped = read_manifest(root / "assets" / "models" / domain)
+    assert shipped.preset == preset
+    parts = read_parts(str(root / "train" / "recipes" / f"assemble-{domain}-{preset}.yaml"))
+    assert (parts.domain, parts.preset) == (domain, preset)
+    assert set(parts.adapters) == set(shipped.adapters)
