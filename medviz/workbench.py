@@ -20,7 +20,7 @@ from PIL import Image
 
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
-from medviz.generation.guidance import GUIDANCE_INTERVAL, Guidance
+from medviz.generation.guidance import RECIPE_OPTIONS, Guidance
 from medviz.generation.inversion import attention_on_image
 from medviz.generation.sampling import FewSteps, decode, latent_hw, sample
 from medviz.grounding.anatomy import Segmenter
@@ -78,7 +78,7 @@ class Models:
     @property
     def guidance(self) -> Guidance:
         """The guidance that the models are meant for; a request names another scale within its interval."""
-        return Guidance.of_recipe(self.loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE)
+        return Guidance.of_recipe(self.loaded.manifest.recipe, self.domain.name, DEFAULT_GUIDANCE_SCALE)
 
 
 def load_models(library: ModelLibrary, domain: str) -> Models:
@@ -337,7 +337,7 @@ def model_identity(manifest: Manifest, *adapters: str | None) -> dict[str, Any]:
         part: found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
         for part, found in parts.items()
     }
-    guidance = {name: manifest.recipe[name] for name in GUIDANCE_INTERVAL if name in manifest.recipe}
+    guidance = {name: manifest.recipe[name] for name in RECIPE_OPTIONS if name in manifest.recipe}
     return {"preset": manifest.preset, **guidance, **hashes}
 
 

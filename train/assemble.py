@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
-from medviz.generation.guidance import Guidance
+from medviz.generation.guidance import SEMANTIC_INTERVAL, Guidance
 from medviz.models.adapters import load_lora
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
@@ -100,6 +100,10 @@ class Parts:
     default_adapter: str | None
     runs: dict[str, str]
     """Stage name to run folder: their metrics.json go into the manifest."""
+    semantic_heads: tuple[str, ...] = ()
+    semantic_scale: float = 0.0
+    semantic_interval: tuple[int, int] = SEMANTIC_INTERVAL
+    """Guidance along single words, as above; no head: none."""
     grounding_adapter: str | None = None
     """The adapter that phrases are looked for with in an uploaded image; None: the default one."""
     few_step_adapter: str | None = None
@@ -109,6 +113,11 @@ class Parts:
     adapter_strengths: dict[str, float] = field(default_factory=dict)
     """Share of an adapter's change of the weights that ships, above 0 and at most 1; unnamed: all of it. Chosen on
     validation images, as the guidance scale is: more pleases the judge, and takes pictures farther from real ones."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """What the folder's pictures are drawn at. Raises InputError for values out of range."""
+        return Guidance.of_recipe(vars(self), self.domain, self.guidance_scale)
 
 
 def read_parts(path: str) -> Parts:
@@ -195,10 +204,11 @@ def _check_few_steps(parts: Parts) -> None:
     if parts.few_step_adapter not in parts.adapters:
         raise InputError(f"the few-step adapter {parts.few_step_adapter!r} is not among {', '.join(parts.adapters)}")
     recipe = json.loads((Path(adapter_source(parts, parts.few_step_adapter)) / "adapter.json").read_text())["recipe"]
-    learnt = Guidance.of_recipe(recipe, 0.0)
-    wanted = Guidance(parts.guidance_scale, parts.guidance_interval, parts.guidance_outside)
-    if learnt != wanted:
-        raise InputError(f"{parts.few_step_adapter!r} learnt the guidance {learnt}; the folder is to have {wanted}")
+    learnt = Guidance.of_recipe(recipe, parts.domain, 0.0)
+    if learnt != parts.guidance:
+        raise InputError(
+            f"{parts.few_step_adapter!r} learnt the guidance {learnt}; the folder is to have {parts.guidance}"
+        )
 
 
 def assemble(parts: Parts, folder: Path) -> None:
@@ -238,9 +248,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             "preset": parts.preset,
             "recipe": {
                 **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
-                "guidance_scale": parts.guidance_scale,
-                "guidance_interval": list(parts.guidance_interval),
-                "guidance_outside": parts.guidance_outside,
+                **parts.guidance.as_recipe(),
                 **{f"adapter_strength {name}": strength for name, strength in parts.adapter_strengths.items()},
             },
             "data": SOURCES[parts.domain],

@@ -11,7 +11,7 @@ import tyro
 import yaml
 
 from medviz.errors import InputError
-from medviz.generation.guidance import WHOLE_INTERVAL, Guidance
+from medviz.generation.guidance import SEMANTIC_INTERVAL, WHOLE_INTERVAL, Guidance
 
 
 @dataclass
@@ -43,19 +43,25 @@ class StageConfig:
 
 @dataclass
 class GuidedConfig(StageConfig):
-    """Of a stage that draws pictures. A model folder records the same three, chosen on validation captions."""
+    """Of a stage that draws pictures. A model folder records the same, chosen on validation captions."""
 
+    domain: str = "dermatology"
     guidance_scale: float = 3.0
     """Of every picture that is drawn; 1 is none."""
     guidance_interval: tuple[int, int] = WHOLE_INTERVAL
     """Timesteps, lowest and highest, between which the scale holds in full."""
     guidance_outside: float = 0.0
     """Share of it, beyond 1, at the other timesteps."""
+    semantic_heads: tuple[str, ...] = ()
+    """Heads along whose words guidance goes beside that, where a prompt asks for one; empty: none."""
+    semantic_scale: float = 0.0
+    semantic_interval: tuple[int, int] = SEMANTIC_INTERVAL
+    """Timesteps, lowest and highest, between which it does."""
 
     @property
     def guidance(self) -> Guidance:
-        """The three as one. Raises InputError for values out of range."""
-        return Guidance(self.guidance_scale, self.guidance_interval, self.guidance_outside)
+        """All of it as one. Raises InputError for values out of range."""
+        return Guidance.of_recipe(vars(self), self.domain, self.guidance_scale)
 
 
 C = TypeVar("C", bound=StageConfig)

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from medviz.domains import get_domain
 from medviz.errors import InputError
+from medviz.generation.prompts import encode_prompts
 from medviz.generation.sampling import (
     FewSteps,
     decode,
-    encode_prompts,
     fresh_scheduler,
     sample,
     signal_and_noise_level,

@@ -32,6 +32,7 @@ class Field:
     choices: what may be chosen; a single-choice field begins with NOT_STATED.
     default: one of the choices, or a tuple of them where `multiple`.
     info: one line for the person who chooses.
+    nothing: the choice that says none of the others is there, empty where the field has none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Field:
     multiple: bool = False
     default: str | tuple[str, ...] = NOT_STATED
     info: str = ""
+    nothing: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,31 @@ class Domain(ABC):
                 words.setdefault(mention.term, prompt[mention.start : mention.end])
         targets = self.targets(said, denied)
         return ParsedPrompt(prompt, said, targets, reading.unknown_words, tuple(dict.fromkeys(words.values())))
+
+    def contrast(self, prompt: str, heads: Sequence[str]) -> tuple[str, str] | None:
+        """Two prompts in the domain's own words: what `prompt` says, and the same but for what it asks for of `heads`.
+
+        A field that takes one choice and has several in the prompt is in neither. None where the prompt asks for none
+        of `heads`, or contradicts itself. Raises InputError on an unknown head.
+        """
+        known = [self.head(name).name for name in heads]
+        parsed = self.parse(prompt)
+        fields = {field.name: field for field in self.fields}
+        said = {name: found for name, found in parsed.values.items() if fields[name].multiple or len(found) == 1}
+        less = dict(said)
+        for head in known:
+            if parsed.targets.get(head) != 1.0:
+                continue
+            for name, wanted in self.head_values(head).items():
+                named = {wanted} if isinstance(wanted, str) else set(wanted)
+                nothing = tuple(filter(None, [fields[name].nothing]))
+                less[name] = tuple(choice for choice in less.get(name, ()) if choice not in named) or nothing
+        if less == said:
+            return None
+        try:
+            return self.build_prompt(said), self.build_prompt(less)
+        except InputError:
+            return None
 
     def expected_regions(self, word: str) -> tuple[str, ...]:
         """Names of the regions where the image should show what `word` says; empty where there is no such claim."""

@@ -351,6 +351,7 @@ DOMAIN = Dermatology(
             multiple=True,
             default=(),
             info="What lies on or around the lesion. Naming one asks for the others to be absent.",
+            nothing=NO_ARTEFACTS,
         ),
         Field(
             "structures",

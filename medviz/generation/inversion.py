@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from medviz.errors import InputError
+from medviz.generation.prompts import encode_prompts
 from medviz.generation.sampling import (
     OnStep,
     encode_image,
-    encode_prompts,
     noise_pred,
     seeded_generators,
     signal_and_noise_level,

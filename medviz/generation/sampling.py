@@ -1,7 +1,8 @@
 """Paired sampling: the same seed gives the same noise whatever the adapter and whoever shares the batch.
 
 Shapes: B images, C latent channels, h x w latent grid, H x W pixels, L context tokens, D text width.
-Guidance: classifier-free guidance, arXiv 2207.12598, equation 6, in the order [unconditional, conditional].
+Guidance: classifier-free guidance, arXiv 2207.12598, equation 6, in the order [unconditional, conditional], and along
+single words as `medviz.generation.guidance` says.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from medviz.errors import InputError, ModelError
 from medviz.generation.guidance import Guidance
+from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts
 from medviz.limits import DEFAULT_GUIDANCE_SCALE
 
 if TYPE_CHECKING:
@@ -27,20 +30,9 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, torch.Tensor], None]
 
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Text embeddings of a batch: `cond` (B, L, D) of the prompts, `uncond` (B, L, D) of the empty prompt."""
-
-    cond: torch.Tensor
-    uncond: torch.Tensor
-
-    def __post_init__(self) -> None:
-        if self.cond.shape != self.uncond.shape or self.cond.ndim != 3:
-            raise InputError(
-                "prompt embeddings must both be (B, L, D), "
-                f"found cond {tuple(self.cond.shape)} and uncond {tuple(self.uncond.shape)}"
-            )
+SURROUNDINGS = 9
+"""Side, in latents, of the square whose mean is left out of what semantic guidance adds: a word for something thin also
+moves the colour of all that lies around it, and many times that would be another skin."""
 
 
 @dataclass(frozen=True)
@@ -105,38 +97,6 @@ def initial_latents(
     return _draw_noise(seeded_generators(seeds), (int(unet_config["in_channels"]), height, width))
 
 
-def _encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:
-    """Last hidden state (B, L, D) of the text encoder, L the tokenizer's own maximum length."""
-    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    mask = None
-    if getattr(text_encoder.config, "use_attention_mask", False):
-        mask = tokens.attention_mask.to(text_encoder.device)
-    return text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=mask)[0]
-
-
-def encode_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> PromptEmbeds:
-    """Encodes the prompts and the empty prompt, padded to `pipeline.tokenizer.model_max_length`.
-
-    Tokens beyond that length are cut; `medviz.grounding.words.truncated_text` tells which.
-    No gradient; the result is an ordinary tensor, so a training step may use it.
-    """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise InputError(f"prompts must be a list of at least one text, found {prompts!r}")
-    # A reinforcement-learning batch repeats few prompts many times: each text is encoded once.
-    rows = {text: row for row, text in enumerate(dict.fromkeys([*prompts, ""]))}
-    with torch.no_grad():
-        embeds = _encode(pipeline, list(rows))
-    cond = embeds[[rows[text] for text in prompts]]
-    return PromptEmbeds(cond=cond, uncond=embeds[rows[""]].expand_as(cond))
-
-
 def noise_pred(
     unet: UNet2DConditionModel,
     latents: torch.Tensor,
@@ -146,25 +106,62 @@ def noise_pred(
 ) -> torch.Tensor:
     """The UNet's guided prediction (B, C, h, w), in the latents' dtype: the one place where guidance is computed.
 
-    `t` is one timestep or one a sample (B,). A scale of 1.0 is a single conditional pass, any other value one pass
-    over 2B rows, [unconditional, conditional]; Guidance names its scale at `t`. What is predicted (noise, velocity) is
-    the scheduler's business. Keeps the gradient if there is one.
+    `t` is one timestep or one a sample (B,). All is one pass: of B rows at a scale of 1.0, else of 2B,
+    [unconditional, conditional]; Guidance names its scale at `t`. Where it also names semantic guidance, the rows for
+    that lie between the two, for the samples that it concerns alone. What is predicted (noise, velocity) is the
+    scheduler's business. Keeps the gradient if there is one.
+
+    Raises InputError for semantic guidance of prompts that were encoded without.
     """
+    guidance = guidance_scale if isinstance(guidance_scale, Guidance) else Guidance(guidance_scale)
+    scale, cond, count = guidance.at(t), prompt_embeds.cond, len(latents)
+    texts, rows = [cond], [torch.arange(count, device=latents.device)]
+    along = _semantic(prompt_embeds, guidance, t)
+    if along is not None:
+        contrasts, weight = along
+        other = ~contrasts.own.to(latents.device)
+        texts = [contrasts.named[other], contrasts.unnamed, *texts]
+        rows = [contrasts.rows[other], contrasts.rows, *rows]
+    guided = not bool(torch.as_tensor(scale == 1.0).all())
+    if guided:
+        texts, rows = [prompt_embeds.uncond, *texts], [rows[-1], *rows]
+    passes = torch.cat(rows) if len(rows) > 1 else slice(None)
+    told = t[passes] if isinstance(t, torch.Tensor) and t.ndim == 1 and t.shape[0] > 1 else t
     dtype = next(unet.parameters()).dtype  # unet.dtype walks through all modules
-    scale = guidance_scale.at(t) if isinstance(guidance_scale, Guidance) else guidance_scale
-    if bool(torch.as_tensor(scale == 1.0).all()):
-        prediction = unet(latents.to(dtype), t, encoder_hidden_states=prompt_embeds.cond.to(dtype), return_dict=False)[
-            0
-        ]
-        return prediction.to(latents.dtype)
-    if isinstance(t, torch.Tensor) and t.ndim == 1 and t.shape[0] > 1:
-        t = torch.cat([t, t])
-    embeds = torch.cat([prompt_embeds.uncond, prompt_embeds.cond])
-    both = unet(torch.cat([latents, latents]).to(dtype), t, encoder_hidden_states=embeds.to(dtype), return_dict=False)[
-        0
-    ].to(latents.dtype)
-    uncond, cond = both.chunk(2)
-    return uncond + scale * (cond - uncond)
+    embeds = torch.cat(texts).to(dtype)
+    everything = unet(latents[passes].to(dtype), told, encoder_hidden_states=embeds, return_dict=False)[0]
+    parts = everything.to(latents.dtype).split([len(each) for each in rows])
+    prediction = parts[-1]
+    if guided:
+        prediction = parts[0] + scale * (prediction - parts[0])
+    if along is None:
+        return prediction
+    named = parts[-1][contrasts.rows].index_copy(0, other.nonzero()[:, 0], parts[-3])
+    return prediction.index_add(0, contrasts.rows, weight * _finer(named - parts[-2]))
+
+
+def _semantic(
+    prompt_embeds: PromptEmbeds, guidance: Guidance, t: torch.Tensor | float
+) -> tuple[Contrasts, float | torch.Tensor] | None:
+    """What semantic guidance goes along at `t` and how far, one number or (K, 1, 1, 1); None where there is nothing.
+
+    Raises as `noise_pred`.
+    """
+    weight = guidance.semantic.at(t) if guidance.semantic else 0.0
+    if not bool(torch.as_tensor(weight).any()):
+        return None
+    contrasts = prompt_embeds.contrasts
+    if contrasts is None:
+        raise InputError("these prompts were encoded without the semantic guidance that they are to be drawn with")
+    if not len(contrasts.rows):
+        return None
+    return contrasts, weight[contrasts.rows] if isinstance(weight, torch.Tensor) else weight
+
+
+def _finer(difference: torch.Tensor) -> torch.Tensor:
+    """A difference (B, C, h, w) less its mean over SURROUNDINGS, so that it draws lines and leaves colour alone."""
+    around = avg_pool2d(difference, SURROUNDINGS, stride=1, padding=SURROUNDINGS // 2, count_include_pad=False)
+    return difference - around
 
 
 def split_prediction(
@@ -258,10 +255,11 @@ def sample(
     Raises InputError when the lists differ in length or a number is out of range.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
-    embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts)
+    guidance_scale = 1.0 if few_steps else guidance_scale
+    semantic = guidance_scale.semantic if isinstance(guidance_scale, Guidance) else None
+    embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts, semantic)
     unet = pipeline.unet
     scheduler = few_step_scheduler(pipeline, few_steps) if few_steps else fresh_scheduler(pipeline)
-    guidance_scale = 1.0 if few_steps else guidance_scale
     generators = seeded_generators(seeds)
     shape = (int(unet.config.in_channels), *(grid_hw or latent_hw(unet.config)))
     with torch.inference_mode():

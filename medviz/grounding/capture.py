@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
+MOST_PASSES = 4
+"""Rows of the UNet an image: without a prompt, with it, and two for guidance along a single word."""
+
 # record(layer name, attention_probs (rows, h, w, L) averaged over heads, float32)
 Record = Callable[[str, torch.Tensor], None]
 
@@ -132,6 +135,7 @@ class AttentionMaps:
         self.conditional_only = conditional_only
         self.time_bins = time_bins
         self.batch_size = batch_size
+        self._sampled = False
         self.latent_hw: tuple[int, int] | None = None
         self._bin: int | None = 0 if time_bins == 1 else None
         self._sums: dict[str, torch.Tensor] = {}
@@ -141,12 +145,12 @@ class AttentionMaps:
         """Tells that step `step` (from 0) of `steps` comes next, for `batch_size` images.
 
         Of the rows the UNet is then given, the last `batch_size` are the conditional ones: all of them without
-        guidance, the second half with it.
+        guidance, the second half with it; up to MOST_PASSES times as many rows where guidance goes along words too.
         """
         if not 0 <= step < steps or batch_size < 1:
             raise InputError(f"step must be in 0..{steps - 1} and batch_size >= 1, found {step} and {batch_size}")
         self._bin = step * self.time_bins // steps
-        self.batch_size = batch_size
+        self._sampled, self.batch_size = True, batch_size
 
     def add(self, layer: str, probs: torch.Tensor) -> None:
         """Adds one pass of a layer: attention_probs (samples, h, w, L), averaged over heads."""
@@ -278,7 +282,9 @@ class AttentionMaps:
                 "which rows are conditional is not known: pass maps to sample(), call maps.begin_step(), "
                 "or give capture() a batch_size"
             )
-        if batch not in (self.batch_size, 2 * self.batch_size):
+        if batch not in (self.batch_size, 2 * self.batch_size) and not (
+            self._sampled and self.batch_size < batch <= MOST_PASSES * self.batch_size
+        ):
             raise MedvizError(f"{self.batch_size} images take that many rows or twice as many, the UNet got {batch}")
         return self.batch_size
 

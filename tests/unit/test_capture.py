@@ -7,7 +7,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from medviz.errors import Cancelled, InputError, MedvizError
-from medviz.generation.sampling import PromptEmbeds, decode, encode_prompts, initial_latents, noise_pred, sample
+from medviz.generation.prompts import PromptEmbeds, encode_prompts
+from medviz.generation.sampling import decode, initial_latents, noise_pred, sample
 from medviz.grounding.capture import AttentionMaps, capture, watch
 from tests import tiny
 

@@ -145,6 +145,15 @@ def test_every_head_has_a_prompt_that_asks_for_it(domain: Domain) -> None:
 
 
 @every_domain
+def test_a_contrast_of_a_heads_own_prompt_asks_for_it_and_then_no_longer(domain: Domain) -> None:
+    for head in domain.heads:
+        pair = domain.contrast(domain.head_prompt(head.name), (head.name,))
+        assert pair is not None
+        assert pair[0] == domain.head_prompt(head.name)
+        assert domain.parse(pair[1]).targets.get(head.name, 0.0) == 0.0
+
+
+@every_domain
 def test_exclusive_heads_are_never_asked_for_together(domain: Domain) -> None:
     for head in domain.heads:
         targets = domain.parse(domain.head_prompt(head.name)).targets

@@ -178,3 +178,36 @@ def test_labels_leave_out_what_is_guessed_or_not_annotated() -> None:
 )
 def test_expected_regions(word: str, regions: tuple[str, ...]) -> None:
     assert DERMATOLOGY.expected_regions(word) == regions
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named", "unnamed"),
+    [
+        (
+            "hairy mole on the arm and back, 40 year old woman",  # one site of two would be a guess
+            "a dermoscopic image with melanocytic nevus (NV) showing hair, 40 year old woman",
+            "a dermoscopic image with melanocytic nevus (NV) with no visible artifacts, 40 year old woman",
+        ),
+        (
+            "melanoma with ruler, ink and hairs",
+            "a dermoscopic image with melanoma (MEL) showing hair, ruler, ink",
+            "a dermoscopic image with melanoma (MEL) showing ruler, ink",
+        ),
+    ],
+)
+def test_a_contrast_differs_in_what_the_head_asks_for_alone(prompt: str, named: str, unnamed: str) -> None:
+    assert DERMATOLOGY.contrast(prompt, ("hair",)) == (named, unnamed)
+
+
+@pytest.mark.parametrize("prompt", ["", "melanoma with ruler", "melanoma without hair", "hair, no visible artifacts"])
+def test_no_contrast_where_the_head_is_not_asked_for_or_the_prompt_contradicts_itself(prompt: str) -> None:
+    assert DERMATOLOGY.contrast(prompt, ("hair",)) is None
+
+
+def test_a_contrast_over_several_heads_takes_all_that_are_asked_for() -> None:
+    assert DERMATOLOGY.contrast("hair, ruler", ("hair", "ruler", "melanoma")) == (
+        "a dermoscopic image showing hair, ruler",
+        "a dermoscopic image with no visible artifacts",
+    )
+    with pytest.raises(InputError, match="fur"):
+        DERMATOLOGY.contrast("hair", ("fur",))

@@ -5,14 +5,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from medviz.errors import InputError
-from medviz.generation.guidance import Guidance
-from medviz.generation.sampling import encode_prompts, initial_latents, noise_pred, sample
+from medviz.generation.guidance import Guidance, SemanticGuidance
+from medviz.generation.prompts import encode_prompts
+from medviz.generation.sampling import initial_latents, noise_pred, sample
 from medviz.grounding.capture import capture
 from medviz.models.manifest import Manifest
 from medviz.workbench import model_identity
 from tests.tiny import make_pipeline
 
 PROMPTS = ["a dermoscopic image with hair", "a dermoscopic image with nevus"]
+ALONG_HAIR = SemanticGuidance("dermatology", ("hair",), 6.0, (150, 900))
+CANONICAL = "a dermoscopic image with melanoma (MEL) showing hair, ruler"
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +37,12 @@ def test_no_guidance_is_none_everywhere_and_another_scale_keeps_the_interval() -
 
 
 def test_a_recipe_without_an_interval_guides_throughout() -> None:
-    assert [Guidance.of_recipe({"guidance_scale": 2.0}, 3.0).at(t) for t in (0, 999)] == [2.0, 2.0]
-    assert Guidance.of_recipe({}, 3.0).scale == 3.0
+    assert [Guidance.of_recipe({"guidance_scale": 2.0}, "dermatology", 3.0).at(t) for t in (0, 999)] == [2.0, 2.0]
+    assert Guidance.of_recipe({}, "dermatology", 3.0).scale == 3.0
     named = Guidance.of_recipe(
-        {"guidance_scale": 2.0, "guidance_interval": [0, 700], "guidance_outside": 0.5}, default_scale=3.0
+        {"guidance_scale": 2.0, "guidance_interval": [0, 700], "guidance_outside": 0.5},
+        "dermatology",
+        default_scale=3.0,
     )
     assert (named.at(700), named.at(701)) == (2.0, 1.5)
 
@@ -94,3 +99,117 @@ def test_a_report_names_where_guidance_holds() -> None:
     told = model_identity(Manifest("dermatology", recipe=recipe), None)
     assert (told["guidance_interval"], told["guidance_outside"]) == ([0, 700], 0.2)
     assert "guidance_scale" not in told  # the request's own stands in the report
+
+
+def conditional(pipeline: StableDiffusionPipeline, latents: torch.Tensor, prompt: str) -> torch.Tensor:
+    return noise_pred(pipeline.unet, latents, 500, encode_prompts(pipeline, [prompt] * len(latents)), 1.0)
+
+
+def counted(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: Guidance, t: object) -> int:
+    """Rows of the UNet's pass."""
+    rows: list[int] = []
+    watched = pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        embeds = encode_prompts(pipeline, prompts, guidance.semantic)
+        latents = initial_latents(pipeline.unet.config, list(range(len(prompts))))
+        noise_pred(pipeline.unet, latents, t, embeds, guidance)  # type: ignore[arg-type]
+    finally:
+        watched.remove()
+    (found,) = rows
+    return found
+
+
+def test_along_a_word_goes_the_difference_that_it_makes_and_nothing_coarse(pipeline: StableDiffusionPipeline) -> None:
+    guidance, prompts = Guidance(3.0, semantic=ALONG_HAIR), ["melanoma, some hair and a ruler", PROMPTS[1]]
+    latents = initial_latents(pipeline.unet.config, [1, 2])
+    with torch.no_grad():
+        plain = noise_pred(pipeline.unet, latents, 500, encode_prompts(pipeline, prompts), 3.0)
+        along = noise_pred(pipeline.unet, latents, 500, encode_prompts(pipeline, prompts, ALONG_HAIR), guidance)
+        without = CANONICAL.replace("hair, ", "")
+        difference = conditional(pipeline, latents[:1], CANONICAL) - conditional(pipeline, latents[:1], without)
+    assert torch.allclose(along[1], plain[1], atol=1e-5)
+    added = along[:1] - plain[:1]
+    assert added.abs().max() > 1e-4
+    around = torch.nn.functional.avg_pool2d(difference, 9, 1, 4, count_include_pad=False)
+    assert torch.allclose(added, 6.0 * (difference - around), atol=1e-4)
+
+
+def test_only_prompts_with_the_word_cost_more_and_canonical_ones_less_of_it(pipeline: StableDiffusionPipeline) -> None:
+    guidance = Guidance(3.0, (0, 800), semantic=ALONG_HAIR)
+    assert counted(pipeline, [PROMPTS[1], PROMPTS[1]], guidance, 500) == 4
+    assert counted(pipeline, [CANONICAL, PROMPTS[1]], guidance, 500) == 5
+    assert counted(pipeline, ["hairy mole", PROMPTS[1]], guidance, 500) == 6
+    assert counted(pipeline, ["hairy mole", PROMPTS[1]], guidance, 100) == 4
+    assert counted(pipeline, ["hairy mole", PROMPTS[1]], guidance, 850) == 4
+    assert counted(pipeline, ["hairy mole", PROMPTS[1]], guidance, 950) == 2
+
+
+def test_each_sample_goes_along_its_word_at_its_own_timestep(pipeline: StableDiffusionPipeline) -> None:
+    prompts, guidance = ["hairy mole", PROMPTS[1], "hair, ink"], Guidance(3.0, semantic=ALONG_HAIR)
+    embeds = encode_prompts(pipeline, prompts, ALONG_HAIR)
+    latents, times = initial_latents(pipeline.unet.config, [1, 2, 3]), torch.tensor([950, 500, 500])
+    with torch.no_grad():
+        all_three = noise_pred(pipeline.unet, latents, times, embeds, guidance)
+        chosen = torch.tensor([2, 2, 0])
+        taken = noise_pred(pipeline.unet, latents[chosen], times[chosen], embeds.take(chosen), guidance)
+        plain = noise_pred(pipeline.unet, latents, times, embeds, 3.0)
+    assert torch.allclose(all_three[:2], plain[:2], atol=1e-5)
+    assert not torch.allclose(all_three[2], plain[2], atol=1e-4)
+    assert torch.allclose(taken, all_three[chosen], atol=1e-5)
+
+
+def test_pictures_without_the_word_stay_and_those_with_it_are_captured(pipeline: StableDiffusionPipeline) -> None:
+    guidance, prompts = Guidance(3.0, (0, 500), semantic=ALONG_HAIR), [PROMPTS[1], CANONICAL]
+    plain = sample(pipeline, prompts, [1, 2], steps=4, guidance_scale=Guidance(3.0, (0, 500)))
+    with capture(pipeline.unet) as maps:
+        drawn = sample(pipeline, prompts, [1, 2], steps=4, guidance_scale=guidance, maps=maps)
+    assert maps.samples == 2
+    assert torch.allclose(drawn[0], plain[0], atol=1e-4)
+    assert not torch.allclose(drawn[1], plain[1], atol=1e-3)
+    assert torch.equal(sample(pipeline, prompts, [1, 2], steps=4, guidance_scale=guidance), drawn)
+
+
+def test_no_guidance_goes_along_no_word(pipeline: StableDiffusionPipeline) -> None:
+    assert Guidance(3.0, semantic=ALONG_HAIR).with_scale(1.0) == Guidance(1.0)
+    assert Guidance(3.0, semantic=ALONG_HAIR).with_scale(2.0).semantic == ALONG_HAIR
+
+
+def test_prompts_encoded_without_the_word_are_not_silently_drawn_without_it(pipeline: StableDiffusionPipeline) -> None:
+    latents, embeds = initial_latents(pipeline.unet.config, [1, 2]), encode_prompts(pipeline, PROMPTS)
+    with pytest.raises(InputError, match="encoded without"):
+        noise_pred(pipeline.unet, latents, 500, embeds, Guidance(3.0, semantic=ALONG_HAIR))
+
+
+def test_the_gradient_goes_through_what_is_added(pipeline: StableDiffusionPipeline) -> None:
+    embeds = encode_prompts(pipeline, [CANONICAL], ALONG_HAIR)
+    latents = initial_latents(pipeline.unet.config, [1]).requires_grad_()
+    guided, plain = Guidance(3.0, semantic=ALONG_HAIR), Guidance(3.0)
+    steep, flat = (
+        torch.autograd.grad(noise_pred(pipeline.unet, latents, 500, embeds, how).square().sum(), latents)[0]
+        for how in (guided, plain)
+    )
+    assert not torch.allclose(steep, flat)
+
+
+def test_a_recipe_names_the_word_and_reads_it_back() -> None:
+    guidance = Guidance(2.5, (150, 550), 0.25, ALONG_HAIR)
+    assert Guidance.of_recipe(guidance.as_recipe(), "dermatology", 3.0) == guidance
+    assert "semantic_heads" not in Guidance(2.5).as_recipe()
+    assert "hair by 6 (timesteps 150 to 900)" in str(guidance)
+    assert str(Guidance(2.5, (150, 550), 0.25)) in str(guidance)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"domain": "dentistry"},
+        {"heads": ()},
+        {"heads": ("fur",)},
+        {"scale": 0.0},
+        {"scale": float("inf")},
+        {"interval": (9, 3)},
+    ],
+)
+def test_a_word_out_of_range_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        SemanticGuidance(**{"domain": "dermatology", "heads": ("hair",), "scale": 4.0, **wrong})  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from medviz.errors import Cancelled, InputError
 from medviz.generation.inversion import Inversion, attention_on_image, invert, one_step_noise, reconstruct
-from medviz.generation.sampling import encode_image, encode_prompts, noise_pred
+from medviz.generation.prompts import encode_prompts
+from medviz.generation.sampling import encode_image, noise_pred
 from medviz.grounding.capture import capture
 from tests import tiny
 

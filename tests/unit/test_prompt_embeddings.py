@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from medviz.errors import InputError, ModelError
-from medviz.generation.sampling import decode, encode_prompts, sample
+from medviz.generation.prompts import encode_prompts
+from medviz.generation.sampling import decode, sample
 from medviz.models.adapters import (
     add_prompt_embeddings,
     load_adapter,

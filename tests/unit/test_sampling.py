@@ -7,16 +7,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
 from medviz.errors import Cancelled, InputError, ModelError
-from medviz.generation.sampling import (
-    PromptEmbeds,
-    decode,
-    encode_image,
-    encode_prompts,
-    initial_latents,
-    noise_pred,
-    sample,
-    split_prediction,
-)
+from medviz.generation.prompts import PromptEmbeds, encode_prompts
+from medviz.generation.sampling import decode, encode_image, initial_latents, noise_pred, sample, split_prediction
 from tests import tiny
 
 PROMPTS = ["a dermoscopic image with melanoma (MEL) showing hair", "a dermoscopic image with no visible artifacts"]

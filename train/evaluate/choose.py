@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
+from medviz.generation.guidance import RECIPE_OPTIONS
 from medviz.models.adapters import load_lora
 from medviz.rewards.classifier import AttributeClassifier
 from train.assemble import weaken
@@ -40,7 +41,6 @@ class ChooseConfig(GuidedConfig):
 
     steps: int = 20
     """Denoising steps of a picture."""
-    domain: str = "dermatology"
     pipeline: str = ""
     """Folder of the generator."""
     autoencoder: str = ""
@@ -108,10 +108,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         "kind": "choice",
         "domain": config.domain,
         "split": "validation",
-        "settings": {
-            name: getattr(config, name)
-            for name in ("steps", "seed", "guidance_interval", "guidance_outside", "pipeline", "adapter")
-        },
+        "settings": {name: getattr(config, name) for name in ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter")},
         "captions": len(real.captions),
         "reference": len(real.reference),
         "real": row(None, None, real.prompted, real.prompted),

@@ -99,7 +99,8 @@ def generate(
     and seed is the same whichever batch it is in, up to the float error of a matrix product of another size.
     """
     also = few_steps.adapter if few_steps else None
-    identity = {"weights": weights_digest(files, adapter, also), "adapter": adapter, "batch": batch, **asdict(request)}
+    asked = asdict(request, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+    identity = {"weights": weights_digest(files, adapter, also), "adapter": adapter, "batch": batch, **asked}
     identity["dtype"] = str(next(pipeline.unet.parameters()).dtype)
     if few_steps:
         identity["few_steps"] = asdict(few_steps)

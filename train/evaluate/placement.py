@@ -118,7 +118,7 @@ def run(config: PlacementConfig, command: str = "") -> dict[str, Any]:
         prompts=tuple(prompt for _ in range(config.noises) for prompt in prompts),
         seeds=tuple(noise for noise in range(config.noises) for _ in prompts),
         steps=config.steps,
-        guidance_scale=Guidance.of_recipe(loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE),
+        guidance_scale=Guidance.of_recipe(loaded.manifest.recipe, loaded.manifest.domain, DEFAULT_GUIDANCE_SCALE),
     )
     placed = [each for prompt in request.prompts if (each := asked[prompt])]
     rows, labels, files = _rows(config, loaded)

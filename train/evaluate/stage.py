@@ -122,7 +122,7 @@ def run(config: EvaluateConfig, command: str = "") -> dict[str, Any]:
     real = real_images(split, domain, config.captions, size_px, config.seed)
     prompts = domain.validation_prompts()
     prompts = tuple(prompts[i] for i in evenly_spaced(len(prompts), config.grid_prompts or len(prompts)))
-    guidance = Guidance.of_recipe(loaded.manifest.recipe, DEFAULT_GUIDANCE_SCALE)
+    guidance = Guidance.of_recipe(loaded.manifest.recipe, config.domain, DEFAULT_GUIDANCE_SCALE)
     guidance = guidance.with_scale(config.guidance_scale or guidance.scale)
     requests: dict[PromptSet, Request] = {
         "grid": grid_request(prompts, config.seeds_per_prompt, config.steps, guidance),

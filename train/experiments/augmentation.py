@@ -64,7 +64,6 @@ class AugmentationConfig(GuidedConfig):
 
     steps: int = 800
     """Optimiser steps of every classifier."""
-    domain: str = "dermatology"
     base: str = ""
     """Folder of the fine-tuned pipeline: the baseline."""
     adapter: str = ""

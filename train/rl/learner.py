@@ -94,15 +94,16 @@ class RlLearner:
             dict.fromkeys(
                 [*validation, *invented_prompts(domain, config.invented_prompts, config.seed), *config.prompts]
             ),
+            config.guidance,
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
         self.games = self._games(domain, anchor) if anchor else {}
-        compared = None if real is None else any_prompt_table(pipeline, domain, real.captions)
+        compared = None if real is None else any_prompt_table(pipeline, domain, real.captions, config.guidance)
         features = None if real is None else real.features
         self.gallery = None
         if scorer.likeness:
-            drawn = any_prompt_table(pipeline, domain, gallery)
+            drawn = any_prompt_table(pipeline, domain, gallery, config.guidance)
             self.gallery = Gallery(config, self.drawing, scorer.likeness, drawn)
         self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, compared, tracker)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
@@ -150,7 +151,8 @@ class RlLearner:
         if config.self_play_images:
             games["self play"] = SelfPlay(arena, domain, self.drawing, anchor.latents, anchor.caption)
         if config.mean_held:
-            captions = any_prompt_table(self.pipeline, domain, anchor.captions(config.mean_held, "rl-mean-held"))
+            held = anchor.captions(config.mean_held, "rl-mean-held")
+            captions = any_prompt_table(self.pipeline, domain, held, config.guidance)
             games["mean held"] = MeanHeld(arena, self.drawing, captions)
         return games
 
@@ -287,7 +289,7 @@ class RlLearner:
         with self._counted("replay"):
             for start in range(0, len(pairs), self.config.micro_batch):
                 part = slice(start, start + self.config.micro_batch)
-                weighed = torch.from_numpy(advantages[pairs[part]]).to(self.table.cond.device)
+                weighed = torch.from_numpy(advantages[pairs[part]]).to(self.table.device)
                 losses = passes.replay(pairs[part], which[part], rollout, weighed)
                 (weight * losses.loss.sum() / (size * len(passes.names))).backward()
                 for key, values in {"loss": losses.loss.detach(), **losses.figures}.items():

@@ -127,7 +127,7 @@ class Looks:
         self._untrained = state["untrained"].numpy() if "untrained" in state else None
 
     def _opinion(self, images: torch.Tensor, parsed: Sequence[ParsedPrompt]) -> Opinion:
-        batch, device = self.config.rollout_batch, self.drawing.table.cond.device
+        batch, device = self.config.rollout_batch, self.drawing.table.device
         starts = range(0, len(images), batch)
         with torch.no_grad():
             parts = [self.judge(images[s : s + batch].to(device), parsed[s : s + batch]) for s in starts]

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from medviz.domains.base import Domain, ParsedPrompt
 from medviz.errors import InputError
-from medviz.generation.sampling import PromptEmbeds, encode_prompts
+from medviz.generation.guidance import Guidance
+from medviz.generation.prompts import PromptEmbeds, encode_prompts
 from train import seeding
 
 TRIES = 50
@@ -18,22 +19,27 @@ TRIES = 50
 
 @dataclass(frozen=True)
 class PromptTable:
-    """P prompts, what each asks for, and their embeddings: cond (P, L, D) and uncond (1, L, D)."""
+    """P prompts, what each asks for, and their embeddings."""
 
     prompts: tuple[str, ...]
     parsed: tuple[ParsedPrompt, ...]
-    cond: torch.Tensor
-    uncond: torch.Tensor
+    encoded: PromptEmbeds
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return self.encoded.cond.device
 
     def embeds(self, prompt_ids: np.ndarray) -> PromptEmbeds:
         """The embeddings of the prompts with these ids, (B, L, D) each."""
-        chosen = torch.as_tensor(np.asarray(prompt_ids), device=self.cond.device)
-        return PromptEmbeds(self.cond[chosen], self.uncond.expand(len(chosen), -1, -1))
+        return self.encoded.take(torch.as_tensor(np.asarray(prompt_ids), device=self.device))
 
 
-def prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Iterable[str]) -> PromptTable:
+def prompt_table(
+    pipeline: StableDiffusionPipeline, domain: Domain, prompts: Iterable[str], guidance: Guidance
+) -> PromptTable:
     """The table of `prompts`. Raises InputError for one that decides no attribute: nothing could reward it."""
-    table = any_prompt_table(pipeline, domain, list(prompts))
+    table = any_prompt_table(pipeline, domain, list(prompts), guidance)
     mute = [p.prompt for p in table.parsed if not p.targets]
     if mute:
         raise InputError(
@@ -42,12 +48,13 @@ def prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Ite
     return table
 
 
-def any_prompt_table(pipeline: StableDiffusionPipeline, domain: Domain, prompts: Sequence[str]) -> PromptTable:
-    """The table of `prompts` that are only drawn: what they ask for need not be anything a reward can check."""
-    with torch.no_grad():
-        embeds = encode_prompts(pipeline, list(prompts))
-    parsed = tuple(domain.parse(p) for p in prompts)
-    return PromptTable(tuple(prompts), parsed, embeds.cond.float(), embeds.uncond[:1].float())
+def any_prompt_table(
+    pipeline: StableDiffusionPipeline, domain: Domain, prompts: Sequence[str], guidance: Guidance
+) -> PromptTable:
+    """The table of `prompts` that are only drawn, at `guidance`: what they ask for need not be anything a reward can
+    check."""
+    embeds = encode_prompts(pipeline, list(prompts), guidance.semantic)
+    return PromptTable(tuple(prompts), tuple(domain.parse(p) for p in prompts), embeds)
 
 
 def invented_prompts(domain: Domain, count: int, seed: int) -> list[str]:

@@ -156,7 +156,7 @@ class Replayer:
         self, rollout: Rollout, rows: np.ndarray, places: np.ndarray, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy latents, timesteps (places in [0, 1) of the noise levels) and the UNet's target, noise or velocity."""
-        device = self.table.cond.device
+        device = self.table.device
         timesteps = torch.from_numpy((places * self.noising.config.num_train_timesteps).astype(np.int64)).to(device)
         clean = rollout.latents[torch.from_numpy(rows)].to(device)
         velocity = self.noising.config.prediction_type == "v_prediction"
@@ -165,13 +165,13 @@ class Replayer:
 
     def _noise(self, rollout: Rollout, rows: np.ndarray, stage: str, epoch: int) -> torch.Tensor:
         shape, indices = tuple(rollout.latents.shape[1:]), [rollout.indices[r] for r in rows]
-        return seeding.normal(shape, self.config.seed, stage, epoch, indices).to(self.table.cond.device)
+        return seeding.normal(shape, self.config.seed, stage, epoch, indices).to(self.table.device)
 
     def _noise_of_each(
         self, rollout: Rollout, rows: np.ndarray, which: np.ndarray, stage: str, epoch: int
     ) -> torch.Tensor:
         """Noise (B, C, h, w) of each pair, of a stage named for its pass."""
-        made = torch.empty((len(rows), *rollout.latents.shape[1:]), device=self.table.cond.device)
+        made = torch.empty((len(rows), *rollout.latents.shape[1:]), device=self.table.device)
         for number in np.unique(which):
             mine = which == number
             made[torch.from_numpy(mine)] = self._noise(rollout, rows[mine], f"{stage}-{number}", epoch)

@@ -16,7 +16,8 @@ from diffusers import UNet2DConditionModel
 
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
-from medviz.generation.sampling import PromptEmbeds, initial_latents, noise_pred
+from medviz.generation.prompts import PromptEmbeds
+from medviz.generation.sampling import initial_latents, noise_pred
 from train import processes, seeding
 from train.rl.log_prob import DdimSchedule, DdimStep, Steps, ddim_step, deterministic_step
 from train.rl.prompts import PromptTable
@@ -82,7 +83,7 @@ def roll_out(
     Steps of the schedule without noise are deterministic and have no log-prob. The noise of an image is a function of
     (seed, epoch, its index) alone, whatever batch it is in.
     """
-    device, chains, log_probs = table.cond.device, [], []
+    device, chains, log_probs = table.device, [], []
     for start in range(0, len(prompt_ids), batch):
         mine = list(indices[start : start + batch])
         embeds = table.embeds(prompt_ids[start : start + batch])
@@ -155,6 +156,6 @@ def replay_step(
 
     index: one step for all, or one a row.
     """
-    now, after = (rollout.at(rows, i).to(table.cond.device) for i in (index, index + 1))
+    now, after = (rollout.at(rows, i).to(table.device) for i in (index, index + 1))
     embeds = table.embeds(rollout.prompt_ids[rows])
     return policy_step(unet, now, index, embeds, schedule, guidance_scale, prev_latents=after)

@@ -45,7 +45,7 @@ class SelfPlay:
             rng = random.Random(seeding.key(config.seed, "rl-self-play-caption", epoch, i))
             captions.append(self.caption(i, rng))
             real.append(self.latents[rng.randrange(len(self.latents)), i].float())
-        prompts = any_prompt_table(self.arena.pipeline, self.domain, captions)
+        prompts = any_prompt_table(self.arena.pipeline, self.domain, captions, config.guidance)
         ids = np.arange(len(captions))
         seeds = latent_seeds(config.seed, "rl-self-play-latents", epoch, ids.tolist())
         with policy.using(policy.behaviour):

@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from medviz.domains import get_domain
 from medviz.domains.base import Domain, ParsedPrompt
 from medviz.errors import InputError, ModelError
-from medviz.generation.sampling import encode_prompts
+from medviz.generation.prompts import encode_prompts
 from medviz.grounding.anatomy import Segmenter
 from medviz.rewards.alignment import AlignmentNetwork
 from medviz.rewards.attribute import attribute_reward, prompt_accuracy, prompt_targets

@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffu
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from medviz.domains.base import Domain
-from medviz.generation.sampling import encode_prompts
+from medviz.generation.prompts import encode_prompts
 from train import seeding
 from train.tokenizer import build_tokenizer
 
