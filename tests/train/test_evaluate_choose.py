@@ -55,6 +55,19 @@ def test_every_combination_stands_beside_the_baseline_at_its_own_scale(config: C
     assert report["reference"] == 14
 
 
+def test_scales_along_a_word_are_rows_that_differ_in_what_asks_for_it(config: ChooseConfig) -> None:
+    options = {"semantic_heads": ("hair",), "semantic_scales": (0.0, 8.0)}
+    report = choose(replace(config, guidance_scales=(2.0,), strengths=(1.0,), **options))
+    rows = {(row["semantic_scale"], row["strength"]): row for row in report["rows"]}
+    assert list(rows) == [(0.0, 0.0), (0.0, 1.0), (8.0, 0.0), (8.0, 1.0)]
+    assert rows[0.0, 1.0]["sensitivity_hair"]["n"] + rows[0.0, 1.0]["specificity_hair"]["n"] <= report["captions"]
+    assert rows[0.0, 0.0]["kernel_distance_judge"] != rows[8.0, 0.0]["kernel_distance_judge"]
+    plain = choose(replace(config, guidance_scales=(2.0,), strengths=(1.0,)))["rows"]
+    assert [row["kernel_distance_judge"] for row in plain] == [
+        rows[0.0, strength]["kernel_distance_judge"] for strength in (0.0, 1.0)
+    ]
+
+
 def test_pictures_already_drawn_are_found_again(config: ChooseConfig) -> None:
     first = choose(config)
     drawn = {path: path.stat().st_mtime_ns for path in Path(config.out).glob("pictures/*/images-*.npz")}

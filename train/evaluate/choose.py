@@ -8,7 +8,9 @@ chosen here (`guidance_scale`, `adapter_strengths`); test images have no say in 
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from medviz.rewards.classifier import AttributeClassifier
 from train.assemble import weaken
 from train.config import GuidedConfig, parse
 from train.datasets.split import open_split
-from train.evaluate.alignment import agreement
+from train.evaluate.alignment import Agreement, agreement
 from train.evaluate.features import independent_space, judge_space
 from train.evaluate.fidelity import kernel_distance, kernel_distance_change
 from train.evaluate.generated import caption_request, file_records, generate
@@ -37,7 +39,7 @@ from train.rl.trainer import open_pipeline
 
 @dataclass
 class ChooseConfig(GuidedConfig):
-    """Options of the choose stage; `guidance_scale` is left to `guidance_scales`."""
+    """Options of the choose stage; `guidance_scale` is left to `guidance_scales`, as `semantic_scale` may be."""
 
     steps: int = 20
     """Denoising steps of a picture."""
@@ -53,6 +55,8 @@ class ChooseConfig(GuidedConfig):
     guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
     strengths: tuple[float, ...] = (0.5, 1.0)
     """Shares of the adapter's change, above 0 and at most 1; none of it, the baseline, is always measured."""
+    semantic_scales: tuple[float, ...] = ()
+    """Scales of guidance along `semantic_heads`, 0 for none, each measured; empty: `semantic_scale` alone."""
     captions: int = 192
     """Validation images whose captions are drawn once each (at most half of the split)."""
     batch: int = 16
@@ -88,22 +92,26 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         pipeline.to(torch.bfloat16)
     look = ValidationLook(config.judge, config.features, config.device, real, domain)
 
-    def row(scale: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
-        figures = {name: estimate.as_json() for name, estimate in look.estimates(images, baseline).items()}
-        return {"guidance_scale": scale, "strength": strength, **figures}
+    def row(
+        scale: float | None, semantic: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray
+    ) -> dict[str, Any]:
+        figures = look.estimates(images, baseline) | look.of_heads(images, config.semantic_heads)
+        settings = {"guidance_scale": scale, "semantic_scale": semantic, "strength": strength}
+        return settings | {name: estimate.as_json() for name, estimate in figures.items()}
 
     rows = []
-    for scale in tqdm(config.guidance_scales, unit="scale"):
-        request = caption_request(
-            real.captions, config.seed, config.steps, replace(config, guidance_scale=scale).guidance
-        )
+    scales = list(product(config.guidance_scales, config.semantic_scales or (config.semantic_scale,)))
+    for scale, semantic in tqdm(scales, unit="scale"):
+        heads = config.semantic_heads if semantic else ()
+        chosen = replace(config, guidance_scale=scale, semantic_scale=semantic, semantic_heads=heads)
+        request = caption_request(real.captions, config.seed, config.steps, chosen.guidance)
         drawn = {
             strength: generate(
                 pipeline, files, name, request, place / "pictures", batch=config.batch, label=name or BASELINE
             )
             for strength, name in names.items()
         }
-        rows += [row(scale, strength, images, drawn[0.0]) for strength, images in drawn.items()]
+        rows += [row(scale, semantic, strength, images, drawn[0.0]) for strength, images in drawn.items()]
     report = {
         "kind": "choice",
         "domain": config.domain,
@@ -111,7 +119,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         "settings": {name: getattr(config, name) for name in ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter")},
         "captions": len(real.captions),
         "reference": len(real.reference),
-        "real": row(None, None, real.prompted, real.prompted),
+        "real": row(None, None, None, real.prompted, real.prompted),
         "rows": rows,
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -134,11 +142,28 @@ class ValidationLook:
         self.spaces = (independent_space(Path(features), device), judge_space(self.judge))
         self.reference = {space.name: space.embed(real.reference, device=device) for space in self.spaces}
 
-    def accuracy(self, images: np.ndarray) -> np.ndarray:
-        """Share of what each caption asks for that the judge sees (N,), NaN where it asks for nothing it knows."""
+    def agreement(self, images: np.ndarray) -> Agreement:
+        """What the judge sees of what each caption asks for."""
         read = readings(self.judge, images, self.parsed, self.device)
         targets = [prompt.targets for prompt in self.parsed]
-        return agreement(read.probabilities, targets, self.judge.heads, self.judge.thresholds).mean
+        return agreement(read.probabilities, targets, self.judge.heads, self.judge.thresholds)
+
+    def accuracy(self, images: np.ndarray) -> np.ndarray:
+        """Share of what each caption asks for that the judge sees (N,), NaN where it asks for nothing it knows."""
+        return self.agreement(images).mean
+
+    def of_heads(self, images: np.ndarray, heads: Sequence[str]) -> dict[str, Estimate]:
+        """Share of the captions that ask for each of `heads`, and of those that ask for its absence, which get it.
+
+        Keys: sensitivity_HEAD, specificity_HEAD.
+        """
+        found = {}
+        for head in heads:
+            wanted = np.array([prompt.targets.get(head, np.nan) for prompt in self.parsed])
+            matches = self.agreement(images).of_head(head)
+            for name, rows in (("sensitivity", wanted >= 0.5), ("specificity", wanted < 0.5)):
+                found[f"{name}_{head}"] = mean_interval(np.where(rows, matches, np.nan))
+        return found
 
     def estimates(self, images: np.ndarray, before: np.ndarray) -> dict[str, Estimate]:
         """Accuracy and kernel distances of `images`, and their changes since `before`, of the same captions and noises.
