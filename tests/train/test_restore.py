@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from medviz.errors import InputError, ModelError
+from medviz.generation.guidance import Guidance
 from medviz.models.manifest import hash_file, read_manifest
 from train.assemble import Parts, assemble, read_parts
 from train.restore import restore
 
 STAGES = ("autoencoder", "coarse", "rl")
+
+
+ALONG_HAIR = {"semantic_heads": ["hair"], "semantic_scale": 4.0}
 
 
 @pytest.fixture
@@ -111,6 +115,12 @@ def test_a_few_step_adapter_must_have_learnt_the_folders_guidance(folder, parts)
     card.write_text(json.dumps({**details, "timesteps": [999, 400], "recipe": {**learnt, "guidance_scale": 3.0}}))
     with pytest.raises(InputError, match=r"'whole' learnt the guidance 3.*; the folder is to have 2"):
         assemble(fast, folder)
+    card.write_text(json.dumps({**details, "timesteps": [999, 400], "recipe": {**learnt, **ALONG_HAIR}}))
+    with pytest.raises(InputError, match=r"'whole' learnt the guidance 2.*hair by 4"):
+        assemble(fast, folder)
+    assemble(replace(fast, **ALONG_HAIR), folder)
+    named = Guidance.of_recipe(read_manifest(folder).recipe, "dermatology", 3.0)
+    assert (named.semantic.heads, named.semantic.scale) == (("hair",), 4.0)
     with pytest.raises(InputError, match="'other' is not among weak, whole"):
         assemble(replace(parts, few_step_adapter="other"), folder)
 
