@@ -106,6 +106,8 @@ class Parts:
     """Guidance along single words, as above; no head: none."""
     grounding_adapter: str | None = None
     """The adapter that phrases are looked for with in an uploaded image; None: the default one."""
+    few_step_semantic_interval: tuple[int, int] | None = None
+    """Timesteps between which the few-step adapter is guided along the words; None: what it has learnt is enough."""
     few_step_adapter: str | None = None
     """The adapter that draws in few steps; None: there is none."""
     tells: tuple[str, ...] = ()
@@ -199,6 +201,8 @@ def adapter_source(parts: Parts, name: str) -> str:
 def _check_few_steps(parts: Parts) -> None:
     """Raises InputError when the few-step adapter learnt another guidance than the folder is to have: it would draw
     other pictures than twenty steps do."""
+    if parts.few_step_semantic_interval and not (parts.few_step_adapter and parts.semantic_heads):
+        raise InputError("few_step_semantic_interval needs a few-step adapter and semantic_heads")
     if parts.few_step_adapter is None:
         return
     if parts.few_step_adapter not in parts.adapters:
@@ -249,6 +253,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             "recipe": {
                 **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
                 **parts.guidance.as_recipe(),
+                **({"few_step_semantic_interval": list(few)} if (few := parts.few_step_semantic_interval) else {}),
                 **{f"adapter_strength {name}": strength for name, strength in parts.adapter_strengths.items()},
             },
             "data": SOURCES[parts.domain],

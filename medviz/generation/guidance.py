@@ -21,7 +21,14 @@ from medviz.errors import InputError
 WHOLE_INTERVAL = (0, 1000)
 SEMANTIC_INTERVAL = (150, 900)
 # What a recipe says of guidance beside its scale: without these the same weights and scale draw other pictures.
-RECIPE_OPTIONS = ("guidance_interval", "guidance_outside", "semantic_heads", "semantic_scale", "semantic_interval")
+RECIPE_OPTIONS = (
+    "guidance_interval",
+    "guidance_outside",
+    "semantic_heads",
+    "semantic_scale",
+    "semantic_interval",
+    "few_step_semantic_interval",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class SemanticGuidance:
 class Guidance:
     """`scale` (1 is none) at timesteps low <= t <= high of `interval`, and 1 + outside * (scale - 1) at the others.
 
-    `semantic` goes along single words beside that; it is left out at a scale of 1, which is no guidance of any kind.
+    `semantic` goes along single words beside that.
     Raises InputError when scale is not finite, interval is not 0 <= low <= high, or outside is not in [0, 1].
     """
 
@@ -88,8 +95,6 @@ class Guidance:
             raise InputError(f"the guidance interval must be two timesteps, 0 <= low <= high, found {self.interval!r}")
         if not 0.0 <= self.outside <= 1.0:
             raise InputError(f"the share of guidance outside its interval must be from 0 to 1, found {self.outside!r}")
-        if self.scale == 1.0:
-            object.__setattr__(self, "semantic", None)
 
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, Any], domain: str, default_scale: float) -> Guidance:
@@ -115,8 +120,8 @@ class Guidance:
         return said
 
     def with_scale(self, scale: float) -> Guidance:
-        """The same interval at another scale."""
-        return replace(self, scale=scale)
+        """The same at another scale; at 1 there is no guidance of any kind."""
+        return replace(self, scale=scale, semantic=None if scale == 1.0 else self.semantic)
 
     def at(self, t: torch.Tensor | float) -> float | torch.Tensor:
         """The scale at a timestep, or at one timestep a sample: (B, 1, 1, 1) for t (B,) with B > 1."""

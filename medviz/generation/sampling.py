@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import avg_pool2d
 
 from medviz.errors import InputError, ModelError
-from medviz.generation.guidance import Guidance
+from medviz.generation.guidance import Guidance, SemanticGuidance
 from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts
 from medviz.limits import DEFAULT_GUIDANCE_SCALE
 
@@ -45,19 +45,30 @@ class Denoised:
 
 @dataclass(frozen=True)
 class FewSteps:
-    """How a few-step adapter draws: at these timesteps, falling, one unguided pass each; its guidance is folded in."""
+    """How a few-step adapter draws: at these timesteps, falling, one unguided pass each; its guidance is folded in.
+
+    semantic: along words it may be guided all the same, at a step or two, where it has learnt too little of that.
+    """
 
     adapter: str
     timesteps: tuple[int, ...]
+    semantic: SemanticGuidance | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, steps: int, guidance_scale: float) -> FewSteps | None:
         """That of a model folder, where it has one for so many steps at its own guidance scale; else None."""
-        own = float(manifest.recipe.get("guidance_scale", DEFAULT_GUIDANCE_SCALE))
-        name = manifest.few_step_adapter
-        if name is None or steps != manifest.few_steps or guidance_scale != own:
+        recipe, name = manifest.recipe, manifest.few_step_adapter
+        own = Guidance.of_recipe(recipe, manifest.domain, DEFAULT_GUIDANCE_SCALE)
+        if name is None or steps != manifest.few_steps or guidance_scale != own.scale:
             return None
-        return cls(name, tuple(manifest.adapters[name]["timesteps"]))
+        semantic = None
+        if own.semantic and "few_step_semantic_interval" in recipe:
+            low, high = recipe["few_step_semantic_interval"]
+            semantic = replace(own.semantic, interval=(int(low), int(high)))
+        return cls(name, tuple(manifest.adapters[name]["timesteps"]), semantic)
+
+    def __str__(self) -> str:
+        return f"`{self.adapter}`, {self.semantic} on top" if self.semantic else f"`{self.adapter}`"
 
 
 def latent_hw(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -255,7 +266,7 @@ def sample(
     Raises InputError when the lists differ in length or a number is out of range.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
-    guidance_scale = 1.0 if few_steps else guidance_scale
+    guidance_scale = Guidance(1.0, semantic=few_steps.semantic) if few_steps else guidance_scale
     semantic = guidance_scale.semantic if isinstance(guidance_scale, Guidance) else None
     embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts, semantic)
     unet = pipeline.unet

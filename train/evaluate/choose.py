@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,12 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
             for strength, name in names.items()
         }
         rows += [row(scale, semantic, strength, images, drawn[0.0]) for strength, images in drawn.items()]
+    told = ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter")
     report = {
         "kind": "choice",
         "domain": config.domain,
         "split": "validation",
-        "settings": {name: getattr(config, name) for name in ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter")},
+        "settings": {name: value for name, value in asdict(config).items() if name in told},
         "captions": len(real.captions),
         "reference": len(real.reference),
         "real": row(None, None, None, real.prompted, real.prompted),

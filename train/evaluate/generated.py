@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,11 +100,11 @@ def generate(
     and seed is the same whichever batch it is in, up to the float error of a matrix product of another size.
     """
     also = few_steps.adapter if few_steps else None
-    asked = asdict(request, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+    asked = asdict(request, dict_factory=_said)
     identity = {"weights": weights_digest(files, adapter, also), "adapter": adapter, "batch": batch, **asked}
     identity["dtype"] = str(next(pipeline.unet.parameters()).dtype)
     if few_steps:
-        identity["few_steps"] = asdict(few_steps)
+        identity["few_steps"] = asdict(few_steps, dict_factory=_said)
     place = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
     (place / "request.json").write_text(json.dumps(identity, indent=1))
@@ -126,6 +127,11 @@ def generate(
                 parts.append(stored["images"])
             bar.update(len(parts[-1]))
     return np.concatenate(parts)
+
+
+def _said(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dataclass's fields but for those that are None: an option that came later changes no name of before."""
+    return {name: value for name, value in items if value is not None}
 
 
 def _to_uint8(images: torch.Tensor) -> np.ndarray:

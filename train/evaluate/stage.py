@@ -213,6 +213,12 @@ def _few_steps(loaded: LoadedDomain, request: Request) -> FewSteps | None:
     return FewSteps.of(loaded.manifest, request.steps, scale)
 
 
+def _told(loaded: LoadedDomain, request: Request) -> str:
+    """How a request is guided, in words."""
+    few_steps = _few_steps(loaded, request)
+    return f"{request.guidance_scale} folded into {few_steps}" if few_steps else str(request.guidance_scale)
+
+
 def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
     hub = loaded.manifest.hub
     return {**({} if hub is None else hub.files), **loaded.manifest.files}
@@ -300,15 +306,13 @@ def _write_sheets(
         request = grid_request(prompts, seeds, config.steps, guidance)
         pictures = _draw(config, loaded, (adapter,), request, f"sheet{suffix}")
         rows = {name: images.reshape(len(prompts), seeds, *images.shape[1:]) for name, images in pictures.items()}
-        few_steps = _few_steps(loaded, request)
-        folded = f" folded into `{few_steps.adapter}`" if few_steps else ""
         names.append(f"contact-sheet-{_stem(config)}{suffix}.png")
         sheet = contact_sheet(
             list(prompts),
             rows[BASELINE],
             rows[adapter],
             title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "
-            f"{config.steps} steps, guidance {guidance}{folded}. Prompts and seeds are not selected.",
+            f"{config.steps} steps, guidance {_told(loaded, request)}. Prompts and seeds are not selected.",
             columns=[f"seed {seed}" for seed in range(seeds)],
             names=("baseline", f"aligned: {adapter}"),
         )
@@ -341,7 +345,7 @@ def _report(
         "settings": {
             "split": config.split,
             "steps": config.steps,
-            "guidance_scale": str(grid.guidance_scale),
+            "guidance_scale": _told(loaded, grid),
             "precision": str(loaded.dtype).removeprefix("torch."),
             "seed": config.seed,
             "grid": f"{len(grid) // config.seeds_per_prompt} prompts x {config.seeds_per_prompt} seeds",
