@@ -53,7 +53,7 @@ class SemanticGuidance:
         object.__setattr__(self, "heads", tuple(self.heads))
         object.__setattr__(self, "interval", (low, high))
         if not self.heads:
-            raise InputError(f"semantic guidance needs a head; {self.domain} has the heads of its judge to choose from")
+            raise InputError("semantic guidance needs at least one head of its domain, found none")
         for head in self.heads:
             get_domain(self.domain).head(head)
         if not (math.isfinite(self.scale) and self.scale > 0):
@@ -104,7 +104,9 @@ class Guidance:
         semantic = None
         if heads := tuple(recipe.get("semantic_heads", ())):
             first, last = recipe.get("semantic_interval", SEMANTIC_INTERVAL)
-            semantic = SemanticGuidance(domain, heads, float(recipe["semantic_scale"]), (int(first), int(last)))
+            semantic = SemanticGuidance(
+                domain, heads, float(recipe.get("semantic_scale", 0.0)), (int(first), int(last))
+            )
         return cls(scale, (int(low), int(high)), float(recipe.get("guidance_outside", 0.0)), semantic)
 
     def as_recipe(self) -> dict[str, Any]:

@@ -217,6 +217,8 @@ def test_a_recipe_names_the_word_and_reads_it_back() -> None:
     guidance = Guidance(2.5, (150, 550), 0.25, ALONG_HAIR)
     assert Guidance.of_recipe(guidance.as_recipe(), "dermatology", 3.0) == guidance
     assert "semantic_heads" not in Guidance(2.5).as_recipe()
+    with pytest.raises(InputError, match="above 0, found 0"):
+        Guidance.of_recipe({"semantic_heads": ["hair"]}, "dermatology", 3.0)
     assert "hair by 6 (timesteps 150 to 900)" in str(guidance)
     assert str(Guidance(2.5, (150, 550), 0.25)) in str(guidance)
 
