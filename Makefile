@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments anatomy format report restore clean train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments curve anatomy format report restore clean train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
@@ -23,6 +23,7 @@ help:
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, a quarter of an hour on two idle cores, minutes of compiling included"
 	@echo "make experiments         methods and ways of training at one budget, synthetic pictures as augmentation, anatomy: six hours on two idle cores"
+	@echo "make curve               what shipped before and what ships: distance from real images against compute, an hour and a half of one core"
 	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
@@ -164,6 +165,19 @@ experiments: $(VENV)/.bench anatomy
 	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
 	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml
 	$(BIN)/python -m train choices train/recipes/choices-radiology-cpu.yaml
+	$(BIN)/python -m train report
+
+# Generators that shipped before, out of the repository's history (a clone with all of it), on one curve with what ships.
+FORMER := $(foreach commit,b2bc61f 384cc75 b8ca5d2 27e4b33 2d2dd0f,runs/former/$(commit)-radiology) \
+	$(foreach commit,a58cdc1 384cc75 50d2a35 27e4b33 1ef2696 0a18650,runs/former/$(commit)-dermatology)
+runs/former/%:
+	mkdir -p runs/former/.writing-$*
+	git archive $(firstword $(subst -, ,$*)) assets/models/$(lastword $(subst -, ,$*)) | tar -x --strip-components=3 -C runs/former/.writing-$*
+	mv runs/former/.writing-$* $@
+
+curve: $(VENV)/.bench | $(FORMER)
+	$(BIN)/python -m train curve train/recipes/curve-radiology-gpu.yaml
+	$(BIN)/python -m train curve train/recipes/curve-dermatology-gpu.yaml
 	$(BIN)/python -m train report
 
 anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json)

@@ -23,6 +23,7 @@ STAGES = {
     ),
     "choose": ("train.evaluate.choose", "guidance scale and share of an adapter, on validation captions"),
     "choices": ("train.experiments.choices", "ways of training the generator side by side, at one compute"),
+    "curve": ("train.experiments.curve", "distance from real images against the compute of training"),
     "methods": ("train.experiments.methods", "reinforcement learning methods side by side, at one budget"),
     "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
     "anatomy_variants": ("train.experiments.anatomy_variants", "ways of tuning words to anatomy, side by side"),

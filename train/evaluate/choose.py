@@ -8,7 +8,7 @@ chosen here (`guidance_scale`, `adapter_strengths`); test images have no say in 
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from train.datasets.split import open_split
 from train.evaluate.alignment import Agreement, agreement
 from train.evaluate.features import independent_space, judge_space
 from train.evaluate.fidelity import kernel_distance, kernel_distance_change
+from train.evaluate.figures import Figure
 from train.evaluate.generated import caption_request, file_records, generate
 from train.evaluate.measure import BASELINE
 from train.evaluate.real import RealImages, real_images
@@ -165,6 +166,42 @@ class ValidationLook:
             for name, rows in (("sensitivity", wanted >= 0.5), ("specificity", wanted < 0.5)):
                 found[f"{name}_{head}"] = mean_interval(np.where(rows, matches, np.nan))
         return found
+
+    def figures(self, pictures: Mapping[str, np.ndarray], prompted: np.ndarray, table: str) -> list[Figure]:
+        """Kernel distances and accuracy of several arms' pictures as figures of a table: the first arm's, the others'
+        with their changes since, and those of the real images `prompted` that the captions describe."""
+        measured = {name: self.estimates(images, next(iter(pictures.values()))) for name, images in pictures.items()}
+        real, (first, *others) = self.estimates(prompted, prompted), measured
+
+        def figure(name: str, change: str, label: str, space: str | None) -> Figure:
+            return Figure(
+                name=name,
+                label=label,
+                group="fidelity" if space else "alignment",
+                role=None if space else "judge",
+                prompts="captions",
+                space=space,
+                higher_is_better=not space,
+                headline=True,
+                table=table,
+                real=real[name],
+                baseline=measured[first][name],
+                aligned={other: measured[other][name] for other in others},
+                change={other: measured[other][change] for other in others},
+            )
+
+        return [
+            *(
+                figure(
+                    f"kernel_distance_{space.name}",
+                    f"kernel_distance_change_{space.name}",
+                    f"Kernel distance (KID) to real images, {space.description}",
+                    space.name,
+                )
+                for space in self.spaces
+            ),
+            figure("accuracy", "accuracy_change", "Prompt accuracy by the judge", None),
+        ]
 
     def estimates(self, images: np.ndarray, before: np.ndarray) -> dict[str, Estimate]:
         """Accuracy and kernel distances of `images`, and their changes since `before`, of the same captions and noises.

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig
 
 from medviz import __version__
@@ -40,7 +39,7 @@ from train.evaluate.generated import Request, caption_request, file_records, gen
 from train.evaluate.real import RealImages, real_images
 from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
-from train.evaluate.statistics import Estimate
+from train.experiments.compute import PASSES, PETA, cost, pass_flops
 from train.experiments.pieces import run_stage, write_json
 from train.rl.trainer import open_pipeline
 
@@ -97,11 +96,8 @@ def unet_flops(config: DiffusionConfig) -> int:
     latent = AutoencoderTiny.load_config(config.autoencoder)
     channels, size = latent["latent_channels"], config.size_px // 2 ** (len(latent["encoder_block_out_channels"]) - 1)
     text = CLIPTextConfig.from_pretrained(f"{config.contrastive}/text_encoder")
-    unet = new_unet(config, channels, size, text.hidden_size).eval()
-    embeds = torch.zeros(1, text.max_position_embeddings, text.hidden_size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, channels, size, size), torch.tensor([0]), encoder_hidden_states=embeds)
-    return int(counter.get_total_flops())
+    unet = new_unet(config, channels, size, text.hidden_size)
+    return pass_flops(unet, text.max_position_embeddings)
 
 
 def plan(config: ChoicesConfig) -> dict[str, Choice]:
@@ -182,29 +178,7 @@ def report(
     first = plans[names[0]].recipe
     domain = get_domain(first.domain)
     look = ValidationLook(config.judge, config.features, config.device, real, domain)
-    measured = {name: look.estimates(images, pictures[names[0]]) for name, images in pictures.items()}
-    photographs = look.estimates(real.prompted, real.prompted)
-    kernel = "Kernel distance (KID) to real images"
-    labels = {f"kernel_distance_{space.name}": f"{kernel}, {space.description}" for space in look.spaces}
-    labels["accuracy"] = "Prompt accuracy by the judge"
-    figures = [
-        Figure(
-            name=name,
-            label=label,
-            group="alignment" if name == "accuracy" else "fidelity",
-            role="judge" if name == "accuracy" else None,
-            prompts="captions",
-            space=None if name == "accuracy" else name.removeprefix("kernel_distance_"),
-            higher_is_better=name == "accuracy",
-            headline=True,
-            table="Choice",
-            real=photographs[name],
-            baseline=measured[names[0]][name],
-            aligned={other: measured[other][name] for other in names[1:]},
-            change={other: measured[other][_change(name)] for other in names[1:]},
-        )
-        for name, label in labels.items()
-    ]
+    figures = look.figures(pictures, real.prompted, "Choice")
     return {
         "format_version": FORMAT_VERSION,
         "kind": "choices",
@@ -220,7 +194,7 @@ def report(
             "split": SPLIT,
             "recipe": config.diffusion,
             "shared": config.shared,
-            "petaflops_of_the_first_run": round(_training_flops(plans[names[0]]) / 1e15, 2),
+            "petaflops_of_the_first_run": round(_training_flops(plans[names[0]]) / PETA, 2),
             "captions": len(real.captions),
             "real_references": len(real.reference),
             "steps": config.steps,
@@ -232,10 +206,6 @@ def report(
     }
 
 
-def _change(name: str) -> str:
-    return "accuracy_change" if name == "accuracy" else name.replace("distance_", "distance_change_")
-
-
 def _label(name: str, choice: Choice) -> str:
     notes = [f"`{choice.overrides}`"] if choice.overrides else []
     notes += [f"{choice.compute:g} times the compute"] if choice.compute != 1 else []
@@ -244,25 +214,12 @@ def _label(name: str, choice: Choice) -> str:
 
 
 def _training_flops(choice: Choice) -> int:
-    return 3 * choice.flops * choice.recipe.batch * choice.recipe.steps
+    return PASSES * choice.flops * choice.recipe.batch * choice.recipe.steps
 
 
 def _costs(plans: Mapping[str, Choice]) -> list[Figure]:
-    names = list(plans)
-    values = {name: Estimate(float(c.recipe.steps * c.recipe.batch), None, None, 0) for name, c in plans.items()}
-    return [
-        Figure(
-            name="images_seen",
-            label="Images seen in training",
-            group="cost",
-            baseline=values[names[0]],
-            aligned={name: values[name] for name in names[1:]},
-            change={},
-            higher_is_better=None,
-            headline=True,
-            table="Choice",
-        )
-    ]
+    seen = {name: choice.recipe.steps * choice.recipe.batch for name, choice in plans.items()}
+    return [cost("images_seen", "Images seen in training", seen, "Choice")]
 
 
 def _spent(out: Path, choice: Choice) -> dict[str, Any]:
