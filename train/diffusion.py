@@ -186,12 +186,14 @@ def denoising_loss(
 def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int) -> UNet2DConditionModel:
     """The UNet that a run starts from, on latents (channels, size, size) and text embeddings of `text_width`.
 
-    Raises InputError for `grow` without `init`.
+    Raises InputError for `grow` without `init`, and for an `init` that is no pipeline.
     """
     seed = seeding.key(config.seed, "diffusion", "weights")
     if config.grow and not config.init:
         raise InputError("grow needs init, the pipeline whose UNet is to grow")
     if config.init:
+        if not Path(config.init, "unet").is_dir():
+            raise InputError(f"init names {config.init}, which holds no unet: train that stage first")
         unet = UNet2DConditionModel.from_pretrained(f"{config.init}/unet", dtype=torch.float32)
         return grown(unet, config.channels, config.cross_attention, seed) if config.grow else unet
     torch.manual_seed(seed)

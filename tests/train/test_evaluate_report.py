@@ -25,6 +25,7 @@ from train.evaluate.report import (
     replaced,
     run,
     section,
+    summary,
     tables,
 )
 from train.evaluate.statistics import Estimate
@@ -58,6 +59,7 @@ def report(**changes: Any) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "title": "Dermatology",
+        "domain": "dermatology",
         "command": "python -m train evaluate train/recipes/evaluate-dermatology-cpu.yaml",
         "default_adapter": "attribute",
         "settings": {"steps": 20},
@@ -109,6 +111,25 @@ def test_every_adapter_that_was_measured_stands_beside_the_default_one() -> None
 
 def test_no_report_at_all_is_said() -> None:
     assert "not computed" in tables([])
+    assert summary([report(kind="grounding")]) == tables([])
+
+
+def test_a_summary_sets_few_steps_beside_many_in_figures_that_decide() -> None:
+    few = report(kind="evaluation", settings={"steps": 4, "split": "test"})
+    many = report(kind="evaluation", settings={"steps": 20, "split": "test"}, figures=[*report()["figures"]])
+    changed = [
+        {**figure, "adapters": {"attribute": {"value": {"value": 0.7}, "change": None}}} for figure in few["figures"]
+    ]
+    other = report(kind="evaluation", domain="radiology", title="Radiology")
+    text = summary([{**few, "figures": changed}, report(kind="methods"), many, other])
+    first, second = text.split("\n\n### ")
+    assert first.startswith("### Dermatology\n\nImages of the test split;")
+    heading, _, *rows = [line for line in first.splitlines() if line.startswith("|")]
+    assert heading == "| 20 steps | real images | baseline | aligned | change | aligned, 4 steps | n |"
+    row = "| Prompt accuracy by the judge ↑ |  | 0.5 [0.41, 0.59] | 0.75 [0.69, 0.81] | 0.25 [0.2, 0.3] | 0.7 | 256 |"
+    assert rows[0] == row
+    assert second.startswith("Radiology\n")
+    assert "4 steps" not in second
 
 
 def test_reports_are_read_by_kind_and_damage_is_named(tmp_path: Path) -> None:
@@ -132,7 +153,7 @@ def test_a_readme_without_its_markers_is_refused(text: str) -> None:
 def test_run_writes_once_and_check_notices_a_stale_table(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    (tmp_path / "evaluation-a.json").write_text(json.dumps(report()))
+    (tmp_path / "evaluation-a.json").write_text(json.dumps(report(kind="evaluation")))
     config = ReportConfig(reports=str(tmp_path), readme=str(readme), models=str(tmp_path / "none"))
     with pytest.raises(InputError, match="python -m train report"):
         run(replace(config, check=True))
@@ -142,7 +163,8 @@ def test_run_writes_once_and_check_notices_a_stale_table(tmp_path: Path) -> None
     assert text.startswith("# Title\n\n")
     assert text.endswith(f"{END}\n\nafter\n")
     assert "stale text" not in text
-    assert (tmp_path / TABLES_NAME).read_text().strip() in text
+    assert (tmp_path / TABLES_NAME).read_text().strip() == tables(read_reports(tmp_path))
+    assert summary(read_reports(tmp_path)) in text
     assert run(config) is True
     readme.write_text(text.replace("0.75", "0.99"))
     with pytest.raises(InputError):

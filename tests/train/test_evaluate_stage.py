@@ -25,7 +25,7 @@ from train.evaluate.features import image_encoder_space, independent_space, segm
 from train.evaluate.generated import caption_request, generate, grid_request, weights_digest
 from train.evaluate.history import read as read_history
 from train.evaluate.real import real_images
-from train.evaluate.report import ReportConfig, read_reports
+from train.evaluate.report import TABLES_NAME, ReportConfig, read_reports
 from train.evaluate.report import run as write_tables
 from train.evaluate.stage import EvaluateConfig, run
 
@@ -137,7 +137,9 @@ def test_a_run_writes_figures_with_n_and_interval_a_sheet_and_tables(
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
     for shown in ("Prompt accuracy by the judge", "every class as often", "Diagnosis asked for, taken for"):
-        assert shown in readme.read_text()
+        assert shown in (tmp_path / "reports" / TABLES_NAME).read_text()
+    assert "### Dermatology" in readme.read_text()
+    assert "every class as often" not in readme.read_text()
     assert len(read_reports(tmp_path / "reports")) == 1
 
 

@@ -15,7 +15,7 @@ from tests.train.test_evaluate_stage import write_split
 from train import diffusion
 from train.config import read_recipe
 from train.diffusion import DiffusionConfig
-from train.evaluate.report import ReportConfig
+from train.evaluate.report import TABLES_NAME, ReportConfig
 from train.evaluate.report import run as write_tables
 from train.experiments.choices import ChoicesConfig, main, plan, run, unet_flops
 
@@ -144,7 +144,7 @@ def test_choices_are_trained_measured_and_found_again(
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
-    assert "| wider (`--channels 32 64`) |" in readme.read_text()
+    assert "| wider (`--channels 32 64`) |" in (tmp_path / "reports" / TABLES_NAME).read_text()
 
 
 def test_the_command_line_takes_a_recipe(tmp_path: Path, models: Path) -> None:

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.train.test_evaluate_stage import write_split
 from train.calibration import CALIBRATION_BINS
 from train.config import read_recipe
-from train.evaluate.report import ReportConfig, read_reports, section
+from train.evaluate.report import TABLES_NAME, ReportConfig, read_reports, section
 from train.evaluate.report import run as write_tables
 from train.experiments import crossed, methods
 from train.experiments.measured import calibration_sums, likeliest_is_asked, per_prompt
@@ -198,7 +198,7 @@ def test_a_run_goes_on_and_finds_what_is_finished(
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
-    assert "| The paper's (`ddpo`) |" in readme.read_text()
+    assert "| The paper's (`ddpo`) |" in (tmp_path / "reports" / TABLES_NAME).read_text()
 
 
 def test_the_pictures_of_all_share_prompts_and_noise(tmp_path: Path, models: Path, trained: list[str]) -> None:

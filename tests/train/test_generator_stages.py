@@ -172,6 +172,8 @@ def test_a_generator_grown_from_a_shipped_folder_goes_on_where_that_was(stages, 
     assert tuple(written.config.block_out_channels) == (32, 64)
     with pytest.raises(InputError, match="grow needs init"):
         DiffusionLearner(replace(config, init=""), train, validation)
+    with pytest.raises(InputError, match=r"init names .*nowhere, which holds no unet"):
+        DiffusionLearner(replace(config, init=str(tmp_path / "nowhere")), train, validation)
 
 
 @pytest.mark.slow

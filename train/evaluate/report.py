@@ -1,4 +1,4 @@
-"""Tables of the README and of the app from the JSON reports: `python -m train report`.
+"""Tables from the JSON reports, `python -m train report`: a short one a domain for the README, all for the app.
 
 Nothing in a table is typed by hand. A figure that a report does not hold reads "not computed".
 """
@@ -67,6 +67,38 @@ def tables(reports: Sequence[Mapping[str, Any]]) -> str:
     if not reports:
         return "No evaluation has been run yet: every figure is not computed."
     return "\n\n".join(section(report) for report in reports)
+
+
+def summary(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of a short table a domain: the figures that decide, in as many steps as the longest evaluation takes
+    and, for the default adapter, in those of the others; or that there is none."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        if report.get("kind") == "evaluation" and report.get("tables", True):
+            found.setdefault(report["domain"], []).append(report)
+    return "\n\n".join(_summary(measured) for measured in found.values()) or tables([])
+
+
+def _summary(measured: Sequence[Mapping[str, Any]]) -> str:
+    main, *others = sorted(measured, key=lambda report: -report["settings"]["steps"])
+    default = main.get("default_adapter")
+    in_steps = [f"aligned, {other['settings']['steps']} steps" for other in others]
+    rows = []
+    for figure in main["figures"]:
+        if figure.get("headline") and figure["name"].startswith((*history.DECIDING, "judge_accuracy_grid")):
+            *cells, n = _row(figure, [default])
+            rows.append([*cells, *(_aligned(other, figure["name"], default) for other in others), n])
+    header = (f"{main['settings']['steps']} steps", "real images", "baseline", "aligned", "change", *in_steps, "n")
+    split = _text(main["settings"].get("split", ""))
+    made = f"Images of the {split} split; brackets hold 95 % intervals, changes are paired by prompt and seed."
+    return "\n".join([f"### {_heading(main)}", "", made, "", *_table_lines(header, rows)])
+
+
+def _aligned(report: Mapping[str, Any], name: str, adapter: str | None) -> str:
+    for figure in report["figures"]:
+        if figure["name"] == name:
+            return estimate_text(figure["adapters"].get(adapter, {}).get("value"))
+    return NOT_COMPUTED
 
 
 def section(report: Mapping[str, Any]) -> str:
@@ -252,7 +284,8 @@ def replaced(text: str, content: str) -> str:
 
 
 def run(config: ReportConfig) -> bool:
-    """Bring the tables of the README, of the app and of the model cards up to date; returns whether they already were.
+    """Bring the README's short tables, all tables for the app and those of the model cards up to date; returns whether
+    they already were.
 
     Raises InputError for an unreadable report or README, and with `check` when the tables are out of date.
     """
@@ -263,7 +296,7 @@ def run(config: ReportConfig) -> bool:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     reports = read_reports(Path(config.reports))
     content = "\n\n".join([tables(reports), *histories(Path(config.reports))])
-    wanted = {path: replaced(text, content), Path(config.reports) / TABLES_NAME: content + "\n"}
+    wanted = {path: replaced(text, summary(reports)), Path(config.reports) / TABLES_NAME: content + "\n"}
     wanted |= {place.with_name(CARD_NAME): _card(place.parent, reports) for place in _manifests(Path(config.models))}
     stale = [file for file, new in wanted.items() if not file.is_file() or file.read_text(encoding="utf-8") != new]
     if not stale:
