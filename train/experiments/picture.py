@@ -85,7 +85,9 @@ def draw_curve(report: Mapping[str, Any], path: Path) -> None:
             falls = np.exp(through["intercept"]) * line ** -through["exponent"]
             axes.plot(line, falls, linestyle="--", linewidth=1, color=COLOURS[1])
         for arm, x, y in zip(report["arms"], across, heights, strict=True):
-            axes.annotate(arm["label"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+            axes.annotate(
+                arm["label"], (x, y), xytext=(3, 5), textcoords="offset points", fontsize="x-small", rotation=40
+            )
         axes.set_xscale("log")
         axes.set_xlabel("training compute of the generator, PFLOP")
         axes.set_title(found["label"].split(", ", 1)[1], fontsize="medium")
