@@ -131,6 +131,15 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     return report
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Pictures of captions as the judge and the feature spaces see them: `accuracy` (N,) as `ValidationLook.accuracy`,
+    `features` space -> (N, D)."""
+
+    accuracy: np.ndarray
+    features: Mapping[str, np.ndarray]
+
+
 class ValidationLook:
     """Accuracy by the judge and kernel distance in both feature spaces, of pictures drawn for captions of validation
     images.
@@ -167,11 +176,35 @@ class ValidationLook:
                 found[f"{name}_{head}"] = mean_interval(np.where(rows, matches, np.nan))
         return found
 
-    def figures(self, pictures: Mapping[str, np.ndarray], prompted: np.ndarray, table: str) -> list[Figure]:
-        """Kernel distances and accuracy of several arms' pictures as figures of a table: the first arm's, the others'
-        with their changes since, and those of the real images `prompted` that the captions describe."""
-        measured = {name: self.estimates(images, next(iter(pictures.values()))) for name, images in pictures.items()}
-        real, (first, *others) = self.estimates(prompted, prompted), measured
+    def seen(self, images: np.ndarray) -> Seen:
+        """What judge and feature spaces see of pictures uint8 (N, S, S, 3), row i of caption i."""
+        features = {space.name: space.embed(images, device=self.device) for space in self.spaces}
+        return Seen(self.accuracy(images), features)
+
+    def estimates(self, images: np.ndarray, before: np.ndarray) -> dict[str, Estimate]:
+        """Accuracy and kernel distances of `images`, and their changes since `before`, of the same captions and noises.
+
+        Keys: accuracy, accuracy_change, kernel_distance_SPACE, kernel_distance_change_SPACE.
+        """
+        return self.compared(self.seen(images), self.seen(before))
+
+    def compared(self, now: Seen, before: Seen) -> dict[str, Estimate]:
+        """What `estimates` gives, of pictures that were seen already."""
+        found = {
+            "accuracy": mean_interval(now.accuracy),
+            "accuracy_change": paired_difference(now.accuracy, before.accuracy),
+        }
+        for name, reference in self.reference.items():
+            mine, theirs = now.features[name], before.features[name]
+            found[f"kernel_distance_{name}"] = kernel_distance(mine, reference)
+            found[f"kernel_distance_change_{name}"] = kernel_distance_change(mine, theirs, reference)
+        return found
+
+    def figures(self, arms: Mapping[str, Seen], photographs: Seen, table: str) -> list[Figure]:
+        """Kernel distances and accuracy of several arms as figures of a table: the first arm's, the others' with their
+        changes since, and those of `photographs`, the real images that the captions describe."""
+        measured = {name: self.compared(arm, next(iter(arms.values()))) for name, arm in arms.items()}
+        real, (first, *others) = self.compared(photographs, photographs), measured
 
         def figure(name: str, change: str, label: str, space: str | None) -> Figure:
             return Figure(
@@ -202,20 +235,6 @@ class ValidationLook:
             ),
             figure("accuracy", "accuracy_change", "Prompt accuracy by the judge", None),
         ]
-
-    def estimates(self, images: np.ndarray, before: np.ndarray) -> dict[str, Estimate]:
-        """Accuracy and kernel distances of `images`, and their changes since `before`, of the same captions and noises.
-
-        Keys: accuracy, accuracy_change, kernel_distance_SPACE, kernel_distance_change_SPACE.
-        """
-        accuracy, first = self.accuracy(images), self.accuracy(before)
-        found = {"accuracy": mean_interval(accuracy), "accuracy_change": paired_difference(accuracy, first)}
-        for space in self.spaces:
-            now, then = (space.embed(each, device=self.device) for each in (images, before))
-            reference = self.reference[space.name]
-            found[f"kernel_distance_{space.name}"] = kernel_distance(now, reference)
-            found[f"kernel_distance_change_{space.name}"] = kernel_distance_change(now, then, reference)
-        return found
 
 
 def main(arguments: list[str]) -> None:

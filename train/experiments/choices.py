@@ -178,7 +178,8 @@ def report(
     first = plans[names[0]].recipe
     domain = get_domain(first.domain)
     look = ValidationLook(config.judge, config.features, config.device, real, domain)
-    figures = look.figures(pictures, real.prompted, "Choice")
+    arms = {name: look.seen(images) for name, images in pictures.items()}
+    figures = look.figures(arms, look.seen(real.prompted), "Choice")
     return {
         "format_version": FORMAT_VERSION,
         "kind": "choices",

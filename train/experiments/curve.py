@@ -26,7 +26,6 @@ from medviz.errors import InputError
 from train.config import GuidedConfig, parse
 from train.datasets.split import open_split
 from train.evaluate.choose import ValidationLook
-from train.evaluate.features import FeatureSpace
 from train.evaluate.fidelity import distance_and_halves, kernel_distance
 from train.evaluate.generated import caption_request, file_records, generate
 from train.evaluate.real import RealImages, real_images
@@ -163,10 +162,11 @@ def report(
     domain = get_domain(config.domain)
     look = ValidationLook(f"{config.eyes}/judge", config.eyes, config.device, real, domain)
     petaflops = {name: operations / PETA for name, _, operations in costs}
-    trends = {
-        space.name: _trend_in(space, look.reference[space.name], petaflops, real, pictures, config.device)
-        for space in look.spaces
-    }
+    photographs, arms = look.seen(real.prompted), {name: look.seen(images) for name, images in pictures.items()}
+    trends = {}
+    for name, reference in look.reference.items():
+        features = {arm: seen.features[name] for arm, seen in arms.items()}
+        trends[name] = _trend_in(reference, photographs.features[name], petaflops, features)
     told = "; ".join(f"{space.description}: {trends[space.name]['told']}" for space in look.spaces)
     return {
         "format_version": FORMAT_VERSION,
@@ -191,7 +191,7 @@ def report(
         "figures": [
             figure.as_json()
             for figure in (
-                *look.figures(pictures, real.prompted, "Models"),
+                *look.figures(arms, photographs, "Models"),
                 cost("petaflops", "Training compute of the generator, PFLOP", petaflops, "Models"),
                 cost("images_seen", "Images seen", {name: images for name, images, _ in costs}, "Models"),
             )
@@ -200,16 +200,11 @@ def report(
 
 
 def _trend_in(
-    space: FeatureSpace,
-    reference: np.ndarray,
-    petaflops: Mapping[str, float],
-    real: RealImages,
-    pictures: Mapping[str, np.ndarray],
-    device: str,
+    reference: np.ndarray, photographs: np.ndarray, petaflops: Mapping[str, float], features: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The power law in one space and what it says of the last model, as JSON values."""
-    measured = [distance_and_halves(space.embed(pictures[name], device=device), reference) for name in petaflops]
-    floor = kernel_distance(space.embed(real.prompted, device=device), reference)
+    """The power law in one space and what it says of the last model, as JSON values; all features (N, D)."""
+    measured = [distance_and_halves(features[name], reference) for name in petaflops]
+    floor = kernel_distance(photographs, reference)
     near, bound = NEAR * floor.value, f"{NEAR:g} times the distance of real images from real images"
     if floor.value <= 0:
         near, bound = floor.high or 0.0, "the upper end of the interval of real images from real images"
