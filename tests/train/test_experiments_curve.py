@@ -105,6 +105,8 @@ def test_models_are_measured_in_the_order_of_their_compute(config: CurveConfig, 
     assert figures["petaflops"]["adapters"]["longer"]["value"]["value"] == pytest.approx(
         80 * figures["petaflops"]["baseline"]["value"]
     )
+    assert {name: one["folder"] for name, one in found["measured"].items()} == config.models
+    assert len({one["weights"] for one in found["measured"].values()}) == 1
     # One generator three times: the same pictures, so no change and no slope.
     for space, law in found["trends"].items():
         measured = figures[f"kernel_distance_{space}"]
@@ -120,6 +122,7 @@ def test_models_are_measured_in_the_order_of_their_compute(config: CurveConfig, 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     write_tables(ReportConfig(reports=str(tmp_path / "reports"), readme=str(readme), models=str(tmp_path / "models")))
+    assert "PFLOP | Images seen |" in (tmp_path / "reports" / TABLES_NAME).read_text()
     assert "| longer |" in (tmp_path / "reports" / TABLES_NAME).read_text()
 
 

@@ -199,7 +199,11 @@ def _arm_tables(report: Mapping[str, Any]) -> list[str]:
         if report.get("rows") == "arms":
             header = [
                 group,
-                *(f"{label}, n {_n(f)}" for label, f in zip(labels, figures, strict=True)),
+                # a cost is counted, not estimated from a number of anything
+                *(
+                    name if f["group"] == "cost" else f"{name}, n {_n(f)}"
+                    for name, f in zip(labels, figures, strict=True)
+                ),
             ]
             rows = [[name, *column] for name, column in zip(names, zip(*cells, strict=True), strict=True)]
         else:
@@ -233,7 +237,8 @@ def _basis(report: Mapping[str, Any]) -> str:
     if settings:
         parts.append(", ".join(f"{_text(name).replace('_', ' ')} {_text(value)}" for name, value in settings.items()))
     digest = report.get("models", {}).get("sha256")
-    parts.append(f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`")
+    if digest or not report.get("arms"):
+        parts.append(f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`")
     parts.append(_text(report.get("intervals", "brackets hold 95 % intervals, changes are paired by prompt and seed")))
     return "; ".join(parts) + "."
 

@@ -23,11 +23,12 @@ import torch
 from medviz import __version__
 from medviz.domains import get_domain
 from medviz.errors import InputError
+from medviz.models.manifest import read_manifest
 from train.config import GuidedConfig, parse
 from train.datasets.split import open_split
 from train.evaluate.choose import ValidationLook
 from train.evaluate.fidelity import distance_and_halves, kernel_distance
-from train.evaluate.generated import caption_request, file_records, generate
+from train.evaluate.generated import caption_request, file_records, generate, weights_digest
 from train.evaluate.real import RealImages, real_images
 from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
@@ -187,6 +188,13 @@ def report(
             "guidance_scale": str(config.guidance),
         },
         "trends": trends,
+        "measured": {
+            name: {
+                "folder": config.models[name],
+                "weights": weights_digest(read_manifest(Path(config.models[name])).files),
+            }
+            for name in petaflops
+        },
         "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
         "figures": [
             figure.as_json()
