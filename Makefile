@@ -160,12 +160,20 @@ bench: $(VENV)/.bench
 
 # All go on from what a stopped run finished. They need MEDVIZ_DATA and the cpu preset's runs of both domains, which make
 # train-dermatology and make train-radiology train; make restore lays out the gpu preset's, which ship.
-experiments: $(VENV)/.bench anatomy
+experiments: $(VENV)/.bench anatomy | runs/autoencoder-8-cpu/metrics.json runs/other-domain/metrics.json
 	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
 	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
 	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml
 	$(BIN)/python -m train choices train/recipes/choices-radiology-cpu.yaml
 	$(BIN)/python -m train report
+
+# What two of the ways of training start from, at no cost that is counted.
+runs/autoencoder-8-cpu/metrics.json: | $(VENV)/.dev
+	$(BIN)/python -m train autoencoder train/recipes/autoencoder-cpu.yaml --latent-channels 8 --out runs/autoencoder-8-cpu
+runs/other-domain/metrics.json: | $(VENV)/.dev
+	$(BIN)/python -m train diffusion train/recipes/longer-dermatology-cpu.yaml --init '' --channels 48 96 128 --steps 400 \
+		--warmup 50 --learning-rate 1.0e-3 --no-compile --orientations 1 --contrastive runs/diffusion-dermatology-gpu/model \
+		--out runs/other-domain
 
 # Generators that shipped before, out of the repository's history (a clone with all of it), on one curve with what ships.
 FORMER := $(foreach commit,b2bc61f 384cc75 b8ca5d2 27e4b33 2d2dd0f,runs/former/$(commit)-radiology) \
