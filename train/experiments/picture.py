@@ -94,4 +94,4 @@ def draw_curve(report: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("kernel distance (KID) to real images")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
