@@ -1,4 +1,4 @@
-# make run | test | test-slow | test-gpu | check | bench | experiments | anatomy | restore | train-dermatology | train-radiology
+# make run | test | test-slow | test-gpu | check | bench | experiments | anatomy | restore | train | train-dermatology | train-radiology
 # Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments curve anatomy format report restore clean train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments curve anatomy format report restore clean train train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
@@ -28,6 +28,7 @@ help:
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
 	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
 	@echo "make train-radiology"
+	@echo "make train               both; with -j3 on a card, stages that do not wait for each other share it"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -131,12 +132,18 @@ $(if $(FINISH_$(1)_$(PRESET)),$(call stage,finish,$(FINISH_$(1)_$(PRESET)),$(GEN
 train-$(1): $(foreach run,$(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
+	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test --steps 4
+	$(BIN)/python -m train examples $(1)
 	$(BIN)/python -m train report
 endef
 
 $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
 $(if $(filter cpu,$(PRESET)),$(eval $(call stage,autoencoder,decoder-cpu,autoencoder-cpu)))
 $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
+
+# Tables once more, when all that they tell of is there.
+train: train-dermatology train-radiology
+	$(BIN)/python -m train report
 
 # What looks for places, of chest X-rays alone.
 $(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(call GENERATOR,radiology) segmenter-radiology-$(PRESET)))

@@ -22,7 +22,7 @@ from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import RECIPE_OPTIONS, Guidance
 from medviz.generation.inversion import attention_on_image
-from medviz.generation.sampling import FewSteps, decode, latent_hw, sample
+from medviz.generation.sampling import FewSteps, decode, latent_hw, sample, step_count
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.capture import AttentionMaps, capture
 from medviz.grounding.heat_maps import grounding_heat_map, word_heat_maps
@@ -114,7 +114,8 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
             "No adapter was chosen" if models.loaded.manifest.selectable else "This domain has no aligned adapter yet"
         )
         warnings.append(f"{none}: both sides show the baseline.")
-    if few_steps := models.few_steps(request):
+    few_steps = models.few_steps(request)
+    if few_steps and few_steps.lead is None:
         warnings.append(
             f"Drawn in {request.steps} steps by an adapter that learnt to: near to what "
             f"{DEFAULT_STEPS} steps draw from this noise, not the same."
@@ -151,15 +152,14 @@ def score_image(models: Models, prompt: str, picture: Image.Image) -> list[Score
 def draw_batch(models: Models, requests: Sequence[Request]) -> list[Image.Image]:
     """Draw requests that differ in prompt and seed alone."""
     pipeline, first = models.loaded.pipeline, requests[0]
-    few_steps = models.few_steps(first)
-    with using_adapter(pipeline.unet, first.adapter, few_steps.adapter if few_steps else None):
+    with using_adapter(pipeline.unet, first.adapter):
         latents = sample(
             pipeline,
             [request.prompt for request in requests],
             [request.seed for request in requests],
             steps=first.steps,
             guidance_scale=models.guidance.with_scale(first.guidance_scale),
-            few_steps=few_steps,
+            few_steps=models.few_steps(first),
         )
         return [to_pil(image) for image in decode(pipeline, latents)]
 
@@ -250,12 +250,12 @@ def _draw(
         if time.monotonic() - last_s >= PREVIEW_EVERY_S:
             image = to_pil(decode(pipeline, x0)[0])
             last_s = time.monotonic()
-        on_preview(Preview(which, index + 1, request.steps, image))
+        on_preview(Preview(which, index + 1, count, image))
 
     adapter = request.adapter if which == "aligned" else None
     few_steps = models.few_steps(request)
-    drawn_by = using_adapter(pipeline.unet, adapter, few_steps.adapter if few_steps else None)
-    with drawn_by, capture(pipeline.unet) as maps:
+    count = step_count(pipeline, request.steps, few_steps)
+    with using_adapter(pipeline.unet, adapter), capture(pipeline.unet) as maps:
         latents = sample(
             pipeline,
             [request.prompt],

@@ -209,15 +209,18 @@ def make_domain_folder(path: Path, domain: str, seed: int = 0) -> Path:
     return path
 
 
-def add_few_steps(folder: Path, timesteps: list[int], seed: int = 7) -> None:
-    """Give a model folder an adapter, of random weights, that draws at `timesteps`."""
+def add_few_steps(folder: Path, timesteps: list[int], seed: int = 7, finish: int = 0) -> Path:
+    """Give a model folder an adapter, of random weights, that draws at `timesteps` and ends with `finish` what the
+    generator began; returns the adapter's folder."""
     unet, name = make_unet(), "few_steps"
     add_lora(unet, name, seed)
     save_lora(unet, folder / "adapters" / name, name, details={"timesteps": timesteps})
     fields = json.loads((folder / "manifest.json").read_text())
     for computed in ("files", "format_version", "adapters"):
         del fields[computed]
-    write_manifest(folder, {**fields, "few_step_adapter": name})
+    recipe = {**fields["recipe"], **({"few_step_finish": finish} if finish else {})}
+    write_manifest(folder, {**fields, "recipe": recipe, "few_step_adapter": name})
+    return folder / "adapters" / name
 
 
 def _heads(domain: str) -> list[str]:

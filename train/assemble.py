@@ -110,6 +110,8 @@ class Parts:
     """Timesteps between which the few-step adapter is guided along the words; None: what it has learnt is enough."""
     few_step_adapter: str | None = None
     """The adapter that draws in few steps; None: there is none."""
+    few_step_finish: int = 0
+    """How many of its last steps finish what the generator's own began, where more are asked for; 0: none do."""
     tells: tuple[str, ...] = ()
     """What gives the pictures away beside real ones, a sentence each, as seen by eye on the sheets."""
     adapter_strengths: dict[str, float] = field(default_factory=dict)
@@ -204,6 +206,8 @@ def _check_few_steps(parts: Parts) -> None:
     if parts.few_step_semantic_interval and not (parts.few_step_adapter and parts.semantic_heads):
         raise InputError("few_step_semantic_interval needs a few-step adapter and semantic_heads")
     if parts.few_step_adapter is None:
+        if parts.few_step_finish:
+            raise InputError("few_step_finish needs a few-step adapter")
         return
     if parts.few_step_adapter not in parts.adapters:
         raise InputError(f"the few-step adapter {parts.few_step_adapter!r} is not among {', '.join(parts.adapters)}")
@@ -254,6 +258,7 @@ def assemble(parts: Parts, folder: Path) -> None:
                 **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
                 **parts.guidance.as_recipe(),
                 **({"few_step_semantic_interval": list(few)} if (few := parts.few_step_semantic_interval) else {}),
+                **({"few_step_finish": parts.few_step_finish} if parts.few_step_finish else {}),
                 **{f"adapter_strength {name}": strength for name, strength in parts.adapter_strengths.items()},
             },
             "data": SOURCES[parts.domain],

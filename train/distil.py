@@ -195,7 +195,6 @@ class DistilLearner:
         _check(config)
         self.config, self.pipeline = config, pipeline
         self.timesteps = student_timesteps(config, pipeline)
-        self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
         self.beside = (None, BESIDE) if config.beside else (None,)
         if config.beside:
             load_weakened(pipeline, config.beside, config.beside_strength, BESIDE)
@@ -216,10 +215,11 @@ class DistilLearner:
             folded=not config.bf16,
             seed=config.seed,
         )
+        self.few_steps = FewSteps(self.policy.behaviour, tuple(self.timesteps))
         if config.start:
             self.policy.go_on_from(Path(config.start))
-        if config.compile:
-            pipeline.unet.forward = compiled_forward(pipeline.unet)
+        # For passes of training alone: those that measure are few, of other shapes, and each would be compiled anew.
+        self.predict = compiled_forward(pipeline.unet) if config.compile else pipeline.unet
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
         self.adversary = self._adversary()
         levels = [signal_and_noise_level(pipeline.scheduler, t) for t in self.timesteps]
@@ -272,7 +272,7 @@ class DistilLearner:
         embeds = self.embeds[self.text_of[rows]].to(latents.device)
         timestep = torch.full((len(rows),), self.timesteps[number], device=latents.device)
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.config.bf16):
-            prediction = self.pipeline.unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            prediction = self.predict(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
         seen = split_prediction(self.pipeline.scheduler, prediction.float(), latents, float(self.timesteps[number]))
         signal, noise = self.levels[number + 1]
         return signal * seen.x0 + noise * seen.noise
@@ -315,9 +315,8 @@ class DistilLearner:
                 teacher = decode(self.pipeline, states[part, -1].float())
                 captions = [self.captions[i] for i in part]
                 seeds = [seeding.key(config.seed, STAGE, "noise", int(i)) for i in part]
-                with using_adapter(self.pipeline.unet, self.policy.behaviour, beside):
-                    student = sample(self.pipeline, captions, seeds, few_steps=self.few_steps)
                 with using_adapter(self.pipeline.unet, beside):
+                    student = sample(self.pipeline, captions, seeds, few_steps=self.few_steps)
                     solver = sample(
                         self.pipeline, captions, seeds, steps=len(self.timesteps), guidance_scale=config.guidance
                     )

@@ -28,6 +28,7 @@ RECIPE_OPTIONS = (
     "semantic_scale",
     "semantic_interval",
     "few_step_semantic_interval",
+    "few_step_finish",
 )
 
 

@@ -20,6 +20,7 @@ from medviz.errors import InputError, ModelError
 from medviz.generation.guidance import Guidance, SemanticGuidance
 from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts
 from medviz.limits import DEFAULT_GUIDANCE_SCALE
+from medviz.models.adapters import also_using
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
@@ -48,27 +49,39 @@ class FewSteps:
     """How a few-step adapter draws: at these timesteps, falling, one unguided pass each; its guidance is folded in.
 
     semantic: along words it may be guided all the same, at a step or two, where it has learnt too little of that.
+    lead: of so many steps of the generator's own solver, guided as ever, those above the first timestep come before;
+    None: nothing does, the adapter draws all of the picture.
     """
 
     adapter: str
     timesteps: tuple[int, ...]
     semantic: SemanticGuidance | None = None
+    lead: int | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, steps: int, guidance_scale: float) -> FewSteps | None:
-        """That of a model folder, where it has one for so many steps at its own guidance scale; else None."""
+        """That of a model folder at its own guidance scale: for as many steps as the adapter has, all of the picture.
+
+        For another number of steps it is the end of it, where the folder's recipe says so (`few_step_finish`); else
+        None.
+        """
         recipe, name = manifest.recipe, manifest.few_step_adapter
         own = Guidance.of_recipe(recipe, manifest.domain, DEFAULT_GUIDANCE_SCALE)
-        if name is None or steps != manifest.few_steps or guidance_scale != own.scale:
+        if name is None or guidance_scale != own.scale:
             return None
+        timesteps = tuple(manifest.adapters[name]["timesteps"])
         semantic = None
         if own.semantic and "few_step_semantic_interval" in recipe:
             low, high = recipe["few_step_semantic_interval"]
             semantic = replace(own.semantic, interval=(int(low), int(high)))
-        return cls(name, tuple(manifest.adapters[name]["timesteps"]), semantic)
+        if steps == manifest.few_steps:
+            return cls(name, timesteps, semantic)
+        last = int(recipe.get("few_step_finish", 0))
+        return cls(name, timesteps[-last:], semantic, lead=steps) if last else None
 
     def __str__(self) -> str:
-        return f"`{self.adapter}`, {self.semantic} on top" if self.semantic else f"`{self.adapter}`"
+        said = f"`{self.adapter}`, {self.semantic} on top" if self.semantic else f"`{self.adapter}`"
+        return said if self.lead is None else f"{said} from timestep {self.timesteps[0]} on"
 
 
 def latent_hw(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -217,15 +230,46 @@ def fresh_scheduler(pipeline: StableDiffusionPipeline) -> SchedulerMixin:
     return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
 
 
-def few_step_scheduler(pipeline: StableDiffusionPipeline, few_steps: FewSteps) -> SchedulerMixin:
-    """A scheduler at the timesteps of `few_steps`, in deterministic first-order steps (DDIM)."""
+@dataclass(frozen=True)
+class _Part:
+    """Timesteps that one scheduler walks through, how they are guided, and the adapter that is on for them as well."""
+
+    scheduler: SchedulerMixin
+    timesteps: torch.Tensor
+    guidance: float | Guidance
+    adapter: str | None = None
+
+
+def _parts(
+    pipeline: StableDiffusionPipeline, steps: int, guidance: float | Guidance, few_steps: FewSteps | None
+) -> list[_Part]:
+    """The parts of one drawing, in order."""
+    own, device = fresh_scheduler(pipeline), pipeline.unet.device
+    if few_steps is None:
+        own.set_timesteps(steps, device=device)
+        return [_Part(own, own.timesteps, guidance)]
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler.from_config(
+    # deterministic first-order steps (DDIM)
+    few = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero"
     )
-    scheduler.set_timesteps(timesteps=list(few_steps.timesteps), device=pipeline.unet.device)
-    return scheduler
+    few.set_timesteps(timesteps=list(few_steps.timesteps), device=device)
+    end = _Part(few, few.timesteps, Guidance(1.0, semantic=few_steps.semantic), few_steps.adapter)
+    if few_steps.lead is None:
+        return [end]
+    if "timesteps" not in inspect.signature(own.set_timesteps).parameters:
+        raise ModelError(f"{type(own).__name__} cannot stop where a few-step adapter goes on; DPM-Solver++ can")
+    own.set_timesteps(few_steps.lead, device=device)
+    first = few_steps.timesteps[0]
+    before = [int(t) for t in own.timesteps if t > first]
+    own.set_timesteps(timesteps=[*before, first], device=device)  # its last step here ends at `first`
+    return [_Part(own, own.timesteps[:-1], guidance), end]
+
+
+def step_count(pipeline: StableDiffusionPipeline, steps: int, few_steps: FewSteps | None = None) -> int:
+    """How many steps `sample` takes."""
+    return sum(len(part.timesteps) for part in _parts(pipeline, steps, 1.0, few_steps))
 
 
 def _check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float | Guidance) -> None:
@@ -259,38 +303,43 @@ def sample(
 
     on_step(index, x0) is called after each step with its index, from 0, and the current estimate of the clean
     latents (B, C, h, w); what it raises (Cancelled) ends the sampling. `maps`, from an enclosing `capture`, is told
-    each step. `prompt_embeds`, where given, stands in for the encoded prompts. `few_steps`, where given, stands in for
-    steps, guidance scale and scheduler; its adapter has to be on. `trail` gets the latents (B, C, h, w) before each
-    step. No gradient is kept.
+    each step. `prompt_embeds`, where given, stands in for the encoded prompts. `few_steps`, where given, draws the
+    picture or the end of it in place of solver and guidance; its adapter is switched on for that beside those that
+    are on. `trail` gets the latents (B, C, h, w) before each step. No gradient is kept.
 
     Raises InputError when the lists differ in length or a number is out of range.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
-    guidance_scale = Guidance(1.0, semantic=few_steps.semantic) if few_steps else guidance_scale
-    semantic = guidance_scale.semantic if isinstance(guidance_scale, Guidance) else None
-    embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts, semantic)
-    unet = pipeline.unet
-    scheduler = few_step_scheduler(pipeline, few_steps) if few_steps else fresh_scheduler(pipeline)
+    unet, parts = pipeline.unet, _parts(pipeline, steps, guidance_scale, few_steps)
+    embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts, _semantic_of(parts))
     generators = seeded_generators(seeds)
     shape = (int(unet.config.in_channels), *(grid_hw or latent_hw(unet.config)))
-    with torch.inference_mode():
-        if not few_steps:
-            scheduler.set_timesteps(steps, device=unet.device)
+    count, index = sum(len(part.timesteps) for part in parts), 0
+    latents = _draw_noise(generators, shape).to(unet.device) * parts[0].scheduler.init_noise_sigma
+    for part in parts:
+        scheduler = part.scheduler
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         draw = {"generator": generators} if takes_generator else {}
-        latents = _draw_noise(generators, shape).to(unet.device) * scheduler.init_noise_sigma
-        for index, t in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(latents, t)
-            if trail is not None:
-                trail.append(latents.cpu())
-            if maps is not None:
-                maps.begin_step(index, len(scheduler.timesteps), len(prompts))
-            prediction = noise_pred(unet, scaled, t, embeds, guidance_scale)
-            latents = scheduler.step(prediction, t, latents, return_dict=False, **draw)[0]
-            if on_step is not None:
-                on_step(index, split_prediction(scheduler, prediction, scaled, t).x0)
+        with also_using(unet, part.adapter), torch.inference_mode():
+            for t in part.timesteps:
+                scaled = scheduler.scale_model_input(latents, t)
+                if trail is not None:
+                    trail.append(latents.cpu())
+                if maps is not None:
+                    maps.begin_step(index, count, len(prompts))
+                prediction = noise_pred(unet, scaled, t, embeds, part.guidance)
+                latents = scheduler.step(prediction, t, latents, return_dict=False, **draw)[0]
+                if on_step is not None:
+                    on_step(index, split_prediction(scheduler, prediction, scaled, t).x0)
+                index += 1
     # A copy made outside inference mode is an ordinary tensor, which a training step may save for its backward pass.
     return latents.clone()
+
+
+def _semantic_of(parts: Sequence[_Part]) -> SemanticGuidance | None:
+    """What prompts are encoded for: the words are the same in all parts, whose intervals and scales may differ."""
+    found = [part.guidance.semantic for part in parts if isinstance(part.guidance, Guidance)]
+    return next((semantic for semantic in found if semantic is not None), None)
 
 
 def _scale_and_shift(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float]:

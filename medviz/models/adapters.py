@@ -83,6 +83,19 @@ def using_adapter(unet: UNet2DConditionModel, *names: str | None) -> Iterator[No
             _restore_trainable(trainable)
 
 
+@contextmanager
+def also_using(unet: UNet2DConditionModel, name: str | None) -> Iterator[None]:
+    """Switch the adapter `name` on beside those that are on; None changes nothing. Else as `using_adapter`."""
+    if name is None:
+        yield
+        return
+    with unet_lock(unet):
+        on = [each for layer in _tuner_layers(unet) if not layer.disable_adapters for each in layer.active_adapters]
+        on += [each for each, found in _embeddings.get(unet, {}).items() if found.enabled]
+        with using_adapter(unet, *dict.fromkeys([*on, name])):
+            yield
+
+
 def save_lora(unet: UNet2DConditionModel, folder: Path, name: str, *, details: Mapping[str, Any] | None = None) -> Path:
     """Write the LoRA adapter `name` of a UNet to `folder` (adapters/NAME): weights and adapter.json; return the folder.
 

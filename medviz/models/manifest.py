@@ -230,6 +230,9 @@ def _check_few_steps(manifest: Manifest, path: Path) -> None:
         raise ModelError(
             f"{path}: the few-step adapter {manifest.few_step_adapter!r} needs falling timesteps, found {timesteps!r}"
         )
+    last = manifest.recipe.get("few_step_finish", 0)
+    if isinstance(last, bool) or not isinstance(last, int) or not 0 <= last < len(timesteps):
+        raise ModelError(f"{path}: few_step_finish must be from 0 to {len(timesteps) - 1} of its steps, found {last!r}")
 
 
 def _parse_files(content: Any, path: Path) -> dict[str, FileRecord]:

@@ -172,8 +172,9 @@ class GenerateTab:
         )
         run.then(self._ready, None, buttons, **LIGHT)
         if any(few_steps(self.studio, name) is not None for name in self.domains):
-            # whatever changes the prompt, typing or a menu; what is shown already is not drawn again
-            self.prompt.change(
+            # the tick, and whatever changes the prompt, typing or a menu; what is shown already is not drawn again
+            gr.on(
+                [self.prompt.change, self.live.input],
                 self._draft,
                 [self.domain, self.prompt, self.seed, self.live, self.adapter, self.panel.pair],
                 self.panel.outputs,

@@ -126,6 +126,24 @@ def test_the_student_comes_nearer_and_the_generator_stays(base, cache, tmp_path)
     torch.testing.assert_close(read, kept, atol=1e-4, rtol=1e-3)
 
 
+def test_passes_that_measure_are_not_compiled(base, cache, tmp_path, monkeypatch) -> None:
+    passes = []
+
+    def compiled(unet):
+        def forward(*inputs, **named):
+            passes.append(len(inputs[0]))
+            return unet(*inputs, **named)
+
+        return forward
+
+    monkeypatch.setattr(distil, "compiled_forward", compiled)
+    made = learner(config_for(base, tmp_path, compile=True), cache)
+    made.update(0)
+    assert passes == [made.config.batch] * 3
+    assert set(made.held_out_errors()) == {"student", "solver"}
+    assert len(passes) == 3
+
+
 def test_a_run_goes_on_from_the_adapter_of_another(base, cache, tmp_path) -> None:
     config = config_for(base, tmp_path / "first", steps=30, learning_rate=1e-2, average_decay=0.9)
     first = learner(config, cache)

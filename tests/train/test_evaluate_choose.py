@@ -68,6 +68,24 @@ def test_scales_along_a_word_are_rows_that_differ_in_what_asks_for_it(config: Ch
     ]
 
 
+def test_steps_that_finish_are_rows_of_the_same_noises(config: ChooseConfig, tmp_path: Path) -> None:
+    few_steps = tiny.add_few_steps(shutil.copytree(Path(config.features), tmp_path / "few"), [999, 700, 400])
+    config = replace(config, guidance_scales=(2.0,), strengths=(1.0,), steps=6)
+    plain = choose(config)["rows"]
+    asked = replace(config, few_step_adapter=str(few_steps), few_step_finishes=(0, 2))
+    report = choose(asked)
+    assert report["settings"]["few_step_adapter"] == str(few_steps)
+    rows = {(row["few_step_finish"], row["strength"]): row for row in report["rows"]}
+    assert list(rows) == [(0, 0.0), (0, 1.0), (2, 0.0), (2, 1.0)]
+    assert [rows[0, strength] for strength in (0.0, 1.0)] == plain
+    distances = [row["kernel_distance_judge"]["value"] for row in report["rows"]]
+    assert len(set(distances)) == 4
+    with pytest.raises(InputError, match="from 0 to 2, found 3"):
+        choose(replace(asked, few_step_finishes=(3,)))
+    with pytest.raises(InputError, match="needs a few_step_adapter"):
+        choose(replace(asked, few_step_adapter=""))
+
+
 def test_pictures_already_drawn_are_found_again(config: ChooseConfig) -> None:
     first = choose(config)
     drawn = {path: path.stat().st_mtime_ns for path in Path(config.out).glob("pictures/*/images-*.npz")}

@@ -124,6 +124,10 @@ def test_a_few_step_adapter_must_have_learnt_the_folders_guidance(folder, parts)
     assert read_manifest(folder).recipe["few_step_semantic_interval"] == [600, 750]
     with pytest.raises(InputError, match="needs a few-step adapter and semantic_heads"):
         assemble(replace(parts, few_step_semantic_interval=[600, 750]), folder)
+    assemble(replace(fast, **ALONG_HAIR, few_step_finish=1), folder)
+    assert read_manifest(folder).recipe["few_step_finish"] == 1
+    with pytest.raises(InputError, match="few_step_finish needs a few-step adapter"):
+        assemble(replace(parts, few_step_finish=1), folder)
     assert (named.semantic.heads, named.semantic.scale) == (("hair",), 4.0)
     with pytest.raises(InputError, match="'other' is not among weak, whole"):
         assemble(replace(parts, few_step_adapter="other"), folder)

@@ -1,7 +1,5 @@
 """Guidance in an interval: where it holds, what remains outside, and what the sampler makes of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -9,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance, SemanticGuidance
 from medviz.generation.prompts import encode_prompts
-from medviz.generation.sampling import FewSteps, initial_latents, noise_pred, sample
+from medviz.generation.sampling import initial_latents, noise_pred, sample
 from medviz.grounding.capture import capture
 from medviz.models.manifest import Manifest
 from medviz.workbench import model_identity
@@ -174,26 +172,6 @@ def test_pictures_without_the_word_stay_and_those_with_it_are_captured(pipeline:
 def test_no_guidance_goes_along_no_word(pipeline: StableDiffusionPipeline) -> None:
     assert Guidance(3.0, semantic=ALONG_HAIR).with_scale(1.0) == Guidance(1.0)
     assert Guidance(3.0, semantic=ALONG_HAIR).with_scale(2.0).semantic == ALONG_HAIR
-
-
-def test_a_few_step_adapter_goes_along_a_word_where_the_folder_says_so(pipeline: StableDiffusionPipeline) -> None:
-    recipe = Guidance(3.0, semantic=ALONG_HAIR).as_recipe()
-    known = {"few_step_adapter": "fast", "adapters": {"fast": {"timesteps": [999, 699, 400]}}}
-    plain = FewSteps.of(Manifest("dermatology", recipe=recipe, **known), 3, 3.0)
-    assert plain == FewSteps("fast", (999, 699, 400))
-    recipe["few_step_semantic_interval"] = [600, 750]
-    along = FewSteps.of(Manifest("dermatology", recipe=recipe, **known), 3, 3.0)
-    assert along == replace(plain, semantic=replace(ALONG_HAIR, interval=(600, 750)))
-    rows: list[int] = []
-    watched = pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    try:
-        drawn = sample(pipeline, [CANONICAL, PROMPTS[1]], [1, 2], few_steps=along)
-    finally:
-        watched.remove()
-    assert rows == [2, 3, 2]
-    without = sample(pipeline, [CANONICAL, PROMPTS[1]], [1, 2], few_steps=plain)
-    assert torch.allclose(drawn[1], without[1], atol=1e-4)
-    assert not torch.allclose(drawn[0], without[0], atol=1e-3)
 
 
 def test_prompts_encoded_without_the_word_are_not_silently_drawn_without_it(pipeline: StableDiffusionPipeline) -> None:

@@ -112,6 +112,15 @@ def test_a_file_that_is_not_listed_is_refused(folder: Path, name: str) -> None:
             {"adapters": {"fast": {"timesteps": [200, 400]}}, "default_adapter": None, "few_step_adapter": "fast"},
             "needs falling timesteps, found \\[200, 400\\]",
         ),
+        (
+            {
+                "adapters": {"fast": {"timesteps": [999, 400]}},
+                "default_adapter": None,
+                "few_step_adapter": "fast",
+                "recipe": {"few_step_finish": 2},
+            },
+            "few_step_finish must be from 0 to 1 of its steps, found 2",
+        ),
         ({"adapters": {"none": {}}, "default_adapter": None}, "'none'"),
         ({"adapters": {"a/b": {}}, "default_adapter": None}, "'a/b'"),
     ],

@@ -141,6 +141,24 @@ def test_a_number_of_steps_asks_for_the_adapter_that_learnt_to_draw_in_them(stud
         assert one.baseline.image.tobytes() == other.baseline.image.tobytes()
 
 
+def test_the_adapter_finishes_other_numbers_of_steps_where_the_folder_says_so(model_root, studio, tmp_path) -> None:
+    prompt, seen = PROMPTS["dermatology"], []
+    add_few_steps(shutil.copytree(model_root / "dermatology", tmp_path / "dermatology"), [999, 700, 400], finish=2)
+    finishing = Studio(tmp_path, device="cpu")
+    pair = finishing.compare("dermatology", prompt, 1, steps=10, on_preview=seen.append)
+    plain = studio.compare("dermatology", prompt, 1, steps=10)
+    assert {(preview.which, preview.step, preview.steps) for preview in seen} == {
+        (side, step, 5) for side in ("baseline", "aligned") for step in range(1, 6)
+    }
+    assert pair.baseline.image.tobytes() != plain.baseline.image.tobytes()
+    assert pair.baseline.image.tobytes() != pair.aligned.image.tobytes()
+    assert "adapters/few_steps" in pair.report()["models"]
+    (drawn,) = finishing.generate("dermatology", [prompt], [1], steps=10)
+    assert np.abs(np.asarray(drawn, int) - np.asarray(pair.aligned.image, int)).max() <= 1
+    one, other = (s.compare("dermatology", prompt, 1, steps=10, guidance_scale=1.5) for s in (studio, finishing))
+    assert one.baseline.image.tobytes() == other.baseline.image.tobytes()
+
+
 def test_the_few_step_adapter_is_no_choice_of_its_own(fast: Studio) -> None:
     assert "few_steps" not in [value for _, value in adapter_choices(fast, "dermatology")]
     with pytest.raises(InputError, match="unknown adapter 'few_steps'; allowed: attribute, none"):

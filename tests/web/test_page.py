@@ -193,6 +193,9 @@ def test_a_draft_follows_the_prompt_where_the_domain_can_draw_one(page: Page) ->
     page.wait_for_timeout(500)
     assert shown(page, "aligned") == before  # not asked for yet
     page.locator("#mv-live input").check()
+    wait_for_change(page, "aligned", before)
+    expect(drawn).to_have_value(re.compile("basal cell carcinoma.*3 steps"))  # what stands there, at the tick itself
+    before = shown(page, "aligned")
     prompt.fill("a dermoscopic image of melanoma")
     wait_for_change(page, "aligned", before)
     expect(page.locator("#mv-progress")).to_contain_text("Done in")

@@ -21,7 +21,9 @@ from tqdm import tqdm
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import RECIPE_OPTIONS
-from medviz.models.adapters import load_lora
+from medviz.generation.sampling import FewSteps
+from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_lora
+from medviz.models.manifest import read_json
 from medviz.rewards.classifier import AttributeClassifier
 from train.assemble import weaken
 from train.config import GuidedConfig, parse
@@ -36,6 +38,10 @@ from train.evaluate.real import RealImages, real_images
 from train.evaluate.stage import readings
 from train.evaluate.statistics import Estimate, mean_interval, paired_difference
 from train.rl.trainer import open_pipeline
+
+SETTINGS = ("guidance_scale", "semantic_scale", "few_step_finish", "strength")
+FEW_STEPS = "few_steps"
+"""What the adapter that finishes pictures is called while they are drawn."""
 
 
 @dataclass
@@ -58,6 +64,10 @@ class ChooseConfig(GuidedConfig):
     """Shares of the adapter's change, above 0 and at most 1; none of it, the baseline, is always measured."""
     semantic_scales: tuple[float, ...] = ()
     """Scales of guidance along `semantic_heads`, 0 for none, each measured; empty: `semantic_scale` alone."""
+    few_step_adapter: str = ""
+    """Folder of an adapter that draws in few steps, for `few_step_finishes`."""
+    few_step_finishes: tuple[int, ...] = ()
+    """How many of its last steps finish what the generator began, 0 for none, each measured; empty: none do."""
     captions: int = 192
     """Validation images whose captions are drawn once each (at most half of the split)."""
     batch: int = 16
@@ -89,31 +99,40 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
                 weaken(folder, strength)
                 files |= file_records(folder, f"adapters/{name}/")
                 load_lora(pipeline.unet, folder, name)
+    finishes = finishing(config)
+    if any(finishes.values()):
+        files |= file_records(Path(config.few_step_adapter), f"adapters/{FEW_STEPS}/")
+        load_lora(pipeline.unet, Path(config.few_step_adapter), FEW_STEPS)
     if config.bf16:
         pipeline.to(torch.bfloat16)
     look = ValidationLook(config.judge, config.features, config.device, real, domain)
 
-    def row(
-        scale: float | None, semantic: float | None, strength: float | None, images: np.ndarray, baseline: np.ndarray
-    ) -> dict[str, Any]:
+    def row(chosen: tuple[float | None, ...], images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
         figures = look.estimates(images, baseline) | look.of_heads(images, config.semantic_heads)
-        settings = {"guidance_scale": scale, "semantic_scale": semantic, "strength": strength}
-        return settings | {name: estimate.as_json() for name, estimate in figures.items()}
+        measured = {name: estimate.as_json() for name, estimate in figures.items()}
+        return dict(zip(SETTINGS, chosen, strict=True)) | measured
 
     rows = []
-    scales = list(product(config.guidance_scales, config.semantic_scales or (config.semantic_scale,)))
-    for scale, semantic in tqdm(scales, unit="scale"):
+    settings = list(product(config.guidance_scales, config.semantic_scales or (config.semantic_scale,), finishes))
+    for scale, semantic, last in tqdm(settings, unit="setting"):
         heads = config.semantic_heads if semantic else ()
         chosen = replace(config, guidance_scale=scale, semantic_scale=semantic, semantic_heads=heads)
         request = caption_request(real.captions, config.seed, config.steps, chosen.guidance)
         drawn = {
             strength: generate(
-                pipeline, files, name, request, place / "pictures", batch=config.batch, label=name or BASELINE
+                pipeline,
+                files,
+                name,
+                request,
+                place / "pictures",
+                batch=config.batch,
+                label=name or BASELINE,
+                few_steps=finishes[last],
             )
             for strength, name in names.items()
         }
-        rows += [row(scale, semantic, strength, images, drawn[0.0]) for strength, images in drawn.items()]
-    told = ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter")
+        rows += [row((scale, semantic, last, strength), images, drawn[0.0]) for strength, images in drawn.items()]
+    told = ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter", "few_step_adapter")
     report = {
         "kind": "choice",
         "domain": config.domain,
@@ -121,7 +140,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         "settings": {name: value for name, value in asdict(config).items() if name in told},
         "captions": len(real.captions),
         "reference": len(real.reference),
-        "real": row(None, None, None, real.prompted, real.prompted),
+        "real": row((None,) * len(SETTINGS), real.prompted, real.prompted),
         "rows": rows,
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -129,6 +148,25 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     for path in (place / "choice.json", *([Path(config.report)] if config.report else [])):
         path.write_text(text)
     return report
+
+
+def finishing(config: ChooseConfig) -> dict[int, FewSteps | None]:
+    """What draws the end of a picture, by how many steps of the few-step adapter that is.
+
+    Raises InputError for steps that it has not, or without one.
+    """
+    if not any(config.few_step_finishes):
+        return {0: None}
+    if not config.few_step_adapter:
+        raise InputError("few_step_finishes needs a few_step_adapter")
+    timesteps = tuple(read_json(Path(config.few_step_adapter) / ADAPTER_CONFIG_NAME)["timesteps"])
+    for last in config.few_step_finishes:
+        if not 0 <= last < len(timesteps):
+            raise InputError(f"few_step_finishes must be from 0 to {len(timesteps) - 1}, found {last}")
+    return {
+        last: FewSteps(FEW_STEPS, timesteps[-last:], lead=config.steps) if last else None
+        for last in config.few_step_finishes
+    }
 
 
 @dataclass(frozen=True)

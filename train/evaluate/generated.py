@@ -109,7 +109,7 @@ def generate(
     place.mkdir(parents=True, exist_ok=True)
     (place / "request.json").write_text(json.dumps(identity, indent=1))
     parts = []
-    with using_adapter(pipeline.unet, adapter, also), tqdm(total=len(request), unit="image", desc=label) as bar:
+    with using_adapter(pipeline.unet, adapter), tqdm(total=len(request), unit="image", desc=label) as bar:
         for start in range(0, len(request), batch):
             path = place / f"images-{start:06d}.npz"
             if not path.is_file():

@@ -216,7 +216,10 @@ def _few_steps(loaded: LoadedDomain, request: Request) -> FewSteps | None:
 def _told(loaded: LoadedDomain, request: Request) -> str:
     """How a request is guided, in words."""
     few_steps = _few_steps(loaded, request)
-    return f"{request.guidance_scale} folded into {few_steps}" if few_steps else str(request.guidance_scale)
+    if few_steps is None:
+        return str(request.guidance_scale)
+    joined = " folded into" if few_steps.lead is None else ", folded into"
+    return f"{request.guidance_scale}{joined} {few_steps}"
 
 
 def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
