@@ -109,7 +109,16 @@ class GenerateTab:
             visible=few_steps(self.studio, domain) is not None,
             elem_id="mv-live",
         )
-        self.steps = gr.Slider(MIN_STEPS, MAX_STEPS, DEFAULT_STEPS, step=1, label="Denoising steps", elem_id="mv-steps")
+        finished = any(self.studio.manifest(name).recipe.get("few_step_finish") for name in self.studio.domains())
+        self.steps = gr.Slider(
+            MIN_STEPS,
+            MAX_STEPS,
+            DEFAULT_STEPS,
+            step=1,
+            label="Denoising steps",
+            info="At its own guidance scale a model takes the last of them at once." if finished else None,
+            elem_id="mv-steps",
+        )
         self.guidance = gr.Slider(
             MIN_GUIDANCE_SCALE,
             MAX_GUIDANCE_SCALE,
