@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ class DistilLearner:
             folded=not config.bf16,
             seed=config.seed,
         )
-        self.few_steps = FewSteps(self.policy.behaviour, tuple(self.timesteps))
+        self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
         if config.start:
             self.policy.go_on_from(Path(config.start))
         # For passes of training alone: those that measure are few, of other shapes, and each would be compiled anew.
@@ -307,6 +307,7 @@ class DistilLearner:
         student_beside, solver_beside: the same with the adapter on that the student must go with.
         """
         config, rows = self.config, torch.arange(self.config.trajectories, len(self.captions))
+        averaged = replace(self.few_steps, adapter=self.policy.behaviour)
         found: dict[str, list[np.ndarray]] = {}
         for states, beside in zip(self.states, self.beside, strict=True):
             ending = "" if beside is None else f"_{BESIDE}"
@@ -316,7 +317,7 @@ class DistilLearner:
                 captions = [self.captions[i] for i in part]
                 seeds = [seeding.key(config.seed, STAGE, "noise", int(i)) for i in part]
                 with using_adapter(self.pipeline.unet, beside):
-                    student = sample(self.pipeline, captions, seeds, few_steps=self.few_steps)
+                    student = sample(self.pipeline, captions, seeds, few_steps=averaged)
                     solver = sample(
                         self.pipeline, captions, seeds, steps=len(self.timesteps), guidance_scale=config.guidance
                     )

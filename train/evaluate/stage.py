@@ -216,10 +216,8 @@ def _few_steps(loaded: LoadedDomain, request: Request) -> FewSteps | None:
 def _told(loaded: LoadedDomain, request: Request) -> str:
     """How a request is guided, in words."""
     few_steps = _few_steps(loaded, request)
-    if few_steps is None:
-        return str(request.guidance_scale)
-    joined = " folded into" if few_steps.lead is None else ", folded into"
-    return f"{request.guidance_scale}{joined} {few_steps}"
+    joined = "," if few_steps and few_steps.lead else ""
+    return f"{request.guidance_scale}{joined} folded into {few_steps}" if few_steps else str(request.guidance_scale)
 
 
 def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
