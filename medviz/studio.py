@@ -97,9 +97,11 @@ class Studio:
     ) -> Pair:
         """Draw a prompt with the baseline and with the aligned model from the same noise, and measure both.
 
-        guidance_scale: None takes the domain's own. adapter: a name, "" for the domain's default, None or "none" for
-        the baseline on both sides. on_preview is called in this thread after every step; cancelled is asked as often.
-        Raises InputError before any model is loaded, Cancelled when cancelled or after MAX_REQUEST_S of drawing.
+        steps: of the solver's; where the model folder says so, its few-step adapter takes the last of them at once, at
+        the domain's own guidance scale. guidance_scale: None takes that. adapter: a name, "" for the domain's default,
+        None or "none" for the baseline on both sides. on_preview is called in this thread after every step; cancelled
+        is asked as often. Raises InputError before any model is loaded, Cancelled when cancelled or after MAX_REQUEST_S
+        of drawing.
         """
         request = self._check(domain, prompt, seed, steps, guidance_scale, adapter)
         stop = _Stop(cancelled)

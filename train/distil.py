@@ -195,6 +195,7 @@ class DistilLearner:
         _check(config)
         self.config, self.pipeline = config, pipeline
         self.timesteps = student_timesteps(config, pipeline)
+        self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
         self.beside = (None, BESIDE) if config.beside else (None,)
         if config.beside:
             load_weakened(pipeline, config.beside, config.beside_strength, BESIDE)
@@ -215,7 +216,6 @@ class DistilLearner:
             folded=not config.bf16,
             seed=config.seed,
         )
-        self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
         if config.start:
             self.policy.go_on_from(Path(config.start))
         # For passes of training alone: those that measure are few, of other shapes, and each would be compiled anew.

@@ -268,7 +268,7 @@ def _parts(
 
 
 def step_count(pipeline: StableDiffusionPipeline, steps: int, few_steps: FewSteps | None = None) -> int:
-    """How many steps `sample` takes."""
+    """How many steps `sample` takes, those of the few-step adapter's own included."""
     return sum(len(part.timesteps) for part in _parts(pipeline, steps, 1.0, few_steps))
 
 
@@ -307,7 +307,8 @@ def sample(
     picture or the end of it in place of solver and guidance; its adapter is switched on for that beside those that
     are on. `trail` gets the latents (B, C, h, w) before each step. No gradient is kept.
 
-    Raises InputError when the lists differ in length or a number is out of range.
+    Raises InputError when the lists differ in length or a number is out of range, ModelError for a scheduler that a
+    few-step adapter cannot take over from.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
     unet, parts = pipeline.unet, _parts(pipeline, steps, guidance_scale, few_steps)

@@ -109,14 +109,13 @@ class GenerateTab:
             visible=few_steps(self.studio, domain) is not None,
             elem_id="mv-live",
         )
-        finished = any(self.studio.manifest(name).recipe.get("few_step_finish") for name in self.studio.domains())
         self.steps = gr.Slider(
             MIN_STEPS,
             MAX_STEPS,
             DEFAULT_STEPS,
             step=1,
             label="Denoising steps",
-            info="At its own guidance scale a model takes the last of them at once." if finished else None,
+            info=steps_info(self.studio, domain),
             elem_id="mv-steps",
         )
         self.guidance = gr.Slider(
@@ -155,7 +154,7 @@ class GenerateTab:
         menus = [menu for builder in self.builders.values() for menu in builder.menus]
         request = [self.prompt, self.seed, *menus, self.unknown]
         groups = [*(builder.group for builder in self.builders.values()), *self.galleries.values()]
-        switched = [*request, self.adapter, self.guidance, self.live, *groups, *self.panel.outputs]
+        switched = [*request, self.adapter, self.steps, self.guidance, self.live, *groups, *self.panel.outputs]
         self.domain.input(self._switch_domain, self.domain, switched, **LIGHT)
         self.prompt.blur(self._read_prompt, [self.domain, self.prompt], [*menus, self.unknown], **LIGHT)
         self.dice.click(new_seed, None, self.seed, **LIGHT)
@@ -234,6 +233,7 @@ class GenerateTab:
             updates[self.galleries[other]] = gr.update(visible=other == name)
         updates[self.adapter] = gr.update(choices=adapter_choices(self.studio, name), value="")
         updates[self.guidance] = default_guidance_scale(self.studio, name)
+        updates[self.steps] = gr.update(info=steps_info(self.studio, name))
         updates[self.live] = gr.update(visible=few_steps(self.studio, name) is not None)
         if pairs:
             return updates | self.panel.show(pairs[0], STORED)
@@ -368,6 +368,13 @@ def adapter_choices(studio: Studio, domain: str, *, grounding: bool = False) -> 
 def few_steps(studio: Studio, domain: str) -> int | None:
     """In how many steps a domain can draw a draft; None where it cannot."""
     return studio.manifest(domain).few_steps if domain in studio.domains() else None
+
+
+def steps_info(studio: Studio, domain: str) -> str:
+    """What a domain makes of the number of steps."""
+    if domain not in studio.domains() or not (last := studio.manifest(domain).recipe.get("few_step_finish")):
+        return "More take longer."
+    return f"At guidance {default_guidance_scale(studio, domain):g}, the last of them are taken at once, in {last}."
 
 
 def default_guidance_scale(studio: Studio, domain: str) -> float:

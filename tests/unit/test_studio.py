@@ -15,7 +15,7 @@ from medviz import Cancelled, InputError, ModelError, Studio, workbench
 from medviz.limits import MAX_PROMPT_CHARS
 from medviz.models import library
 from medviz.models.adapters import zero_adapter
-from medviz.ui.generate import adapter_choices
+from medviz.ui.generate import adapter_choices, steps_info
 from medviz.workbench import brightest_box
 from tests.tiny import ADAPTER, IMAGE_SIZE_PX, add_few_steps
 
@@ -153,6 +153,8 @@ def test_the_adapter_finishes_other_numbers_of_steps_where_the_folder_says_so(mo
     assert pair.baseline.image.tobytes() != plain.baseline.image.tobytes()
     assert pair.baseline.image.tobytes() != pair.aligned.image.tobytes()
     assert "adapters/few_steps" in pair.report()["models"]
+    assert steps_info(finishing, "dermatology").endswith("the last of them are taken at once, in 2.")
+    assert "at once" not in steps_info(studio, "dermatology")
     (drawn,) = finishing.generate("dermatology", [prompt], [1], steps=10)
     assert np.abs(np.asarray(drawn, int) - np.asarray(pair.aligned.image, int)).max() <= 1
     one, other = (s.compare("dermatology", prompt, 1, steps=10, guidance_scale=1.5) for s in (studio, finishing))
