@@ -232,12 +232,16 @@ def fresh_scheduler(pipeline: StableDiffusionPipeline) -> SchedulerMixin:
 
 @dataclass(frozen=True)
 class _Part:
-    """Timesteps that one scheduler walks through, how they are guided, and the adapter that is on for them as well."""
+    """Timesteps that one scheduler walks through, how they are guided, and the adapter that is on for them as well.
+
+    weights: of how many of the generator's own steps each stands in the place; empty: of one.
+    """
 
     scheduler: SchedulerMixin
     timesteps: torch.Tensor
     guidance: float | Guidance
     adapter: str | None = None
+    weights: tuple[int, ...] = ()
 
 
 def _parts(
@@ -261,10 +265,12 @@ def _parts(
     if "timesteps" not in inspect.signature(own.set_timesteps).parameters:
         raise ModelError(f"{type(own).__name__} cannot stop where a few-step adapter goes on; DPM-Solver++ can")
     own.set_timesteps(few_steps.lead, device=device)
-    first = few_steps.timesteps[0]
-    before = [int(t) for t in own.timesteps if t > first]
+    first, replaced = few_steps.timesteps[0], own.timesteps
+    spans = zip(few_steps.timesteps, (*few_steps.timesteps[1:], -1), strict=True)
+    weights = tuple(max(int(((low < replaced) & (replaced <= high)).sum()), 1) for high, low in spans)
+    before = [int(t) for t in replaced if t > first]
     own.set_timesteps(timesteps=[*before, first], device=device)  # its last step here ends at `first`
-    return [_Part(own, own.timesteps[:-1], guidance), end]
+    return [_Part(own, own.timesteps[:-1], guidance), replace(end, weights=weights)]
 
 
 def step_count(pipeline: StableDiffusionPipeline, steps: int, few_steps: FewSteps | None = None) -> int:
@@ -303,9 +309,10 @@ def sample(
 
     on_step(index, x0) is called after each step with its index, from 0, and the current estimate of the clean
     latents (B, C, h, w); what it raises (Cancelled) ends the sampling. `maps`, from an enclosing `capture`, is told
-    each step. `prompt_embeds`, where given, stands in for the encoded prompts. `few_steps`, where given, draws the
-    picture or the end of it in place of solver and guidance; its adapter is switched on for that beside those that
-    are on. `trail` gets the latents (B, C, h, w) before each step. No gradient is kept.
+    each step, and of how many of the solver's it stands in the place. `prompt_embeds`, where given, stands in for the
+    encoded prompts. `few_steps`, where given, draws the picture or the end of it in place of solver and guidance; its
+    adapter is switched on for that beside those that are on. `trail` gets the latents (B, C, h, w) before each step.
+    No gradient is kept.
 
     Raises InputError when the lists differ in length or a number is out of range, ModelError for a scheduler that a
     few-step adapter cannot take over from.
@@ -322,12 +329,13 @@ def sample(
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         draw = {"generator": generators} if takes_generator else {}
         with also_using(unet, part.adapter), torch.inference_mode():
-            for t in part.timesteps:
+            for number, t in enumerate(part.timesteps):
                 scaled = scheduler.scale_model_input(latents, t)
                 if trail is not None:
                     trail.append(latents.cpu())
                 if maps is not None:
-                    maps.begin_step(index, count, len(prompts))
+                    weight = part.weights[number] if part.weights else 1
+                    maps.begin_step(index, count, len(prompts), weight)
                 prediction = noise_pred(unet, scaled, t, embeds, part.guidance)
                 latents = scheduler.step(prediction, t, latents, return_dict=False, **draw)[0]
                 if on_step is not None:

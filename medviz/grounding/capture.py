@@ -139,16 +139,20 @@ class AttentionMaps:
         self.latent_hw: tuple[int, int] | None = None
         self._bin: int | None = 0 if time_bins == 1 else None
         self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, list[int]] = {}
+        self._weight = 1.0
+        self._weights: dict[str, list[float]] = {}
 
-    def begin_step(self, step: int, steps: int, batch_size: int) -> None:
-        """Tells that step `step` (from 0) of `steps` comes next, for `batch_size` images.
+    def begin_step(self, step: int, steps: int, batch_size: int, weight: float = 1.0) -> None:
+        """Tells that step `step` (from 0) of `steps` comes next, for `batch_size` images, and counts `weight` times.
 
         Of the rows the UNet is then given, the last `batch_size` are the conditional ones: all of them without
         guidance, the second half with it; up to MOST_PASSES times as many rows where guidance goes along words too.
         """
         if not 0 <= step < steps or batch_size < 1:
             raise InputError(f"step must be in 0..{steps - 1} and batch_size >= 1, found {step} and {batch_size}")
+        if not weight > 0:
+            raise InputError(f"a step must count for more than 0, found {weight}")
+        self._weight = weight
         self._bin = step * self.time_bins // steps
         self._sampled, self.batch_size = True, batch_size
 
@@ -160,14 +164,14 @@ class AttentionMaps:
             # Made outside inference mode, so that a later pass in another mode may still add to it.
             with torch.inference_mode(False):
                 self._sums[layer] = torch.zeros((self.time_bins, *probs.shape), device=probs.device)
-            self._counts[layer] = [0] * self.time_bins
+            self._weights[layer] = [0.0] * self.time_bins
         if self._sums[layer].shape[1:] != probs.shape:
             raise MedvizError(
                 f"one capture holds one batch and size: {layer} gave {tuple(probs.shape)} "
                 f"after {tuple(self._sums[layer].shape[1:])}"
             )
-        self._sums[layer][self._bin].add_(probs)
-        self._counts[layer][self._bin] += 1
+        self._sums[layer][self._bin].add_(probs, alpha=self._weight)
+        self._weights[layer][self._bin] += self._weight
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -198,7 +202,7 @@ class AttentionMaps:
     def filled_bins(self, layer: str) -> tuple[int, ...]:
         """The time bins of one layer in which something was recorded."""
         self._check_layer(layer)
-        return tuple(index for index, count in enumerate(self._counts[layer]) if count)
+        return tuple(index for index, weight in enumerate(self._weights[layer]) if weight)
 
     def default_resolutions(self) -> tuple[tuple[int, int], ...]:
         """The grids at most four times coarser than the latents: below, a cell covers more than most findings.
@@ -216,16 +220,16 @@ class AttentionMaps:
         Raises InputError for a layer, sample or time bin of which nothing was recorded.
         """
         self._check_layer(layer)
-        sums, counts = self._sums[layer], self._counts[layer]
+        sums, weights = self._sums[layer], self._weights[layer]
         if not 0 <= sample < sums.shape[1]:
             raise InputError(f"sample must be in 0..{sums.shape[1] - 1}, found {sample}")
         if time_bin is None:
-            return (sums[:, sample].sum(dim=0) / sum(counts)).cpu()
-        if not 0 <= time_bin < self.time_bins or counts[time_bin] == 0:
+            return (sums[:, sample].sum(dim=0) / sum(weights)).cpu()
+        if not 0 <= time_bin < self.time_bins or weights[time_bin] == 0:
             raise InputError(
                 f"nothing was recorded in time bin {time_bin}; bins with maps: {list(self.filled_bins(layer))}"
             )
-        return (sums[time_bin, sample] / counts[time_bin]).cpu()
+        return (sums[time_bin, sample] / weights[time_bin]).cpu()
 
     def heat(
         self,

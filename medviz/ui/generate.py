@@ -374,7 +374,7 @@ def steps_info(studio: Studio, domain: str) -> str:
     """What a domain makes of the number of steps."""
     if domain not in studio.domains() or not (last := studio.manifest(domain).recipe.get("few_step_finish")):
         return "More take longer."
-    return f"At guidance {default_guidance_scale(studio, domain):g}, the last of them are taken at once, in {last}."
+    return f"At guidance {default_guidance_scale(studio, domain):g} the last of them are drawn in {last} larger ones."
 
 
 def default_guidance_scale(studio: Studio, domain: str) -> float:

@@ -84,6 +84,24 @@ def test_maps_equal_the_probabilities_diffusers_computes(which: str, request: py
             torch.testing.assert_close(maps.probs(layer, sample=row).flatten(0, 1), probs[row])
 
 
+def test_a_step_counts_as_often_as_it_says(pipeline: StableDiffusionPipeline) -> None:
+    embeds, latents = encode_prompts(pipeline, PROMPTS), initial_latents(pipeline.unet.config, [1, 2])
+    alone = []
+    with torch.no_grad():
+        for t in (900, 300):
+            with capture(pipeline.unet, batch_size=2) as maps:
+                noise_pred(pipeline.unet, latents, t, embeds, 1.0)
+            alone.append(maps.probs(maps.layers[0], sample=1))
+        with capture(pipeline.unet) as maps:
+            for step, (t, weight) in enumerate([(900, 1), (300, 4)]):
+                maps.begin_step(step, 2, 2, weight)
+                noise_pred(pipeline.unet, latents, t, embeds, 1.0)
+    torch.testing.assert_close(maps.probs(maps.layers[0], sample=1), (alone[0] + 4 * alone[1]) / 5)
+    assert (alone[0] - alone[1]).abs().max() > 1e-4
+    with pytest.raises(InputError, match="count for more than 0, found 0"):
+        maps.begin_step(0, 2, 2, 0)
+
+
 def test_an_adapter_changes_what_is_captured(aligned: StableDiffusionPipeline) -> None:
     embeds, latents = encode_prompts(aligned, PROMPTS), initial_latents(aligned.unet.config, [1, 2])
     found = []

@@ -94,6 +94,16 @@ def test_what_comes_before_is_the_solvers_own_and_the_adapter_is_on_for_the_end_
         assert not torch.equal(drawn, sample(pipeline, PROMPTS, [1, 2], few_steps=FewSteps("fast", (699, 400))))
 
 
+@pytest.mark.parametrize(("lead", "weights"), [(20, [1] * 6 + [6, 8]), (10, [1] * 3 + [3, 4]), (1, [1, 1, 1])])
+def test_a_larger_step_counts_for_those_in_whose_place_it_stands(pipeline, monkeypatch, lead, weights) -> None:
+    told: list[float] = []
+    with capture(pipeline.unet) as maps:
+        begin = maps.begin_step
+        monkeypatch.setattr(maps, "begin_step", lambda *given: told.append(given[3]) or begin(*given))
+        sample(pipeline, PROMPTS[:1], [1], few_steps=FewSteps("fast", (699, 400), lead=lead), maps=maps)
+    assert told == weights
+
+
 @pytest.mark.parametrize(("steps", "count"), [(1, 3), (2, 3), (3, 3), (10, 5), (20, 8), (50, 17)])
 def test_every_number_of_steps_can_be_finished(pipeline, steps: int, count: int) -> None:
     finishing, trail, seen = FewSteps("fast", (699, 400), lead=steps), [], []

@@ -153,8 +153,8 @@ def test_the_adapter_finishes_other_numbers_of_steps_where_the_folder_says_so(mo
     assert pair.baseline.image.tobytes() != plain.baseline.image.tobytes()
     assert pair.baseline.image.tobytes() != pair.aligned.image.tobytes()
     assert "adapters/few_steps" in pair.report()["models"]
-    assert steps_info(finishing, "dermatology").endswith("the last of them are taken at once, in 2.")
-    assert "at once" not in steps_info(studio, "dermatology")
+    assert steps_info(finishing, "dermatology").endswith("the last of them are drawn in 2 larger ones.")
+    assert "larger" not in steps_info(studio, "dermatology")
     (drawn,) = finishing.generate("dermatology", [prompt], [1], steps=10)
     assert np.abs(np.asarray(drawn, int) - np.asarray(pair.aligned.image, int)).max() <= 1
     one, other = (s.compare("dermatology", prompt, 1, steps=10, guidance_scale=1.5) for s in (studio, finishing))
