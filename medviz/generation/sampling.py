@@ -20,7 +20,7 @@ from medviz.errors import InputError, ModelError
 from medviz.generation.guidance import Guidance, SemanticGuidance
 from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts
 from medviz.limits import DEFAULT_GUIDANCE_SCALE
-from medviz.models.adapters import also_using
+from medviz.models.adapters import also_using, folded_adapters
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
@@ -328,7 +328,7 @@ def sample(
         scheduler = part.scheduler
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         draw = {"generator": generators} if takes_generator else {}
-        with also_using(unet, part.adapter), torch.inference_mode():
+        with also_using(unet, part.adapter), folded_adapters(unet), torch.inference_mode():
             for number, t in enumerate(part.timesteps):
                 scaled = scheduler.scale_model_input(latents, t)
                 if trail is not None:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from medviz.errors import InputError
 from train.autoencoder import AutoencoderConfig
-from train.config import StageConfig, read_recipe
+from train.config import StageConfig, parse, read_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 
@@ -28,6 +29,36 @@ def test_a_recipe_fills_its_options_and_leaves_the_others(tmp_path: Path) -> Non
     config = read_recipe(recipe(tmp_path, "out: run\nsteps: 7\nsizes: [3, 4]\n"), ExampleConfig)
     assert (config.out, config.steps, config.sizes) == ("run", 7, (3, 4))
     assert (config.learning_rate, config.seed, config.resume) == (1e-3, 0, False)
+
+
+@dataclass
+class ShortConfig(StageConfig):
+    bf16: bool = False
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "wanted", "short"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "cpu", True, False),
+        ({"avx2": True, "avx512_bf16": True}, "cpu", True, True),
+        ({"neon": True, "bf16": True}, "cpu", True, True),
+        ({"avx2": True}, "cuda", True, True),
+        ({"avx2": True}, "cpu", False, False),
+    ],
+)
+def test_bf16_is_left_where_the_processor_cannot(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+    found: dict[str, bool],
+    device: str,
+    wanted: bool,
+    short: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    path = recipe(tmp_path, f"out: run\ndevice: {device}\nbf16: {str(wanted).lower()}\n")
+    assert parse([str(path)], ShortConfig).bf16 is short
+    assert ("computing in fp32" in caplog.text) is (wanted and not short)
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:

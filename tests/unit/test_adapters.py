@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError, ModelError
-from medviz.models.adapters import load_lora, loaded_adapters, save_lora, unet_lock, using_adapter, zero_adapter
+from medviz.models.adapters import (
+    folded_adapters,
+    load_lora,
+    loaded_adapters,
+    save_lora,
+    unet_lock,
+    using_adapter,
+    zero_adapter,
+)
 from tests import tiny
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -109,6 +119,65 @@ def test_the_base_weights_stay_as_they_were(unet: UNet2DConditionModel) -> None:
     kept = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if "lora_" not in key}
     assert kept.keys() == plain.keys()
     assert all(torch.equal(kept[key], plain[key]) for key in plain)
+
+
+def add_lora_of_convolutions(unet: UNet2DConditionModel) -> None:
+    torch.manual_seed(3)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["conv1", "to_q"], init_lora_weights=False), "third")
+    unet.disable_adapters()
+
+
+@pytest.mark.parametrize("names", [("first",), ("third",), ("first", "third")])
+def test_folded_adapters_are_the_same_function(unet: UNet2DConditionModel, names: tuple[str, ...]) -> None:
+    add_lora_of_convolutions(unet)
+    for form in (torch.contiguous_format, torch.channels_last):
+        unet.to(memory_format=form)
+        with using_adapter(unet, *names):
+            separate = noise_pred(unet)
+            with folded_adapters(unet):
+                torch.testing.assert_close(noise_pred(unet), separate, rtol=1e-4, atol=1e-5)
+            assert torch.equal(noise_pred(unet), separate)
+        assert not torch.equal(separate, noise_pred(unet))
+
+
+def test_layers_multiply_once_where_their_adapters_are_folded(unet: UNet2DConditionModel) -> None:
+    passed: list[str] = []
+    for name, layer in unet.named_modules():
+        if ".lora_A." in name:
+            layer.register_forward_hook(lambda module, inputs, output, name=name: passed.append(name))
+    with using_adapter(unet, "first"), folded_adapters(unet):
+        noise_pred(unet)
+        assert not passed
+        with torch.autocast("cpu", torch.bfloat16):  # rounded to it, a sum would lose a small change
+            noise_pred(unet)
+        assert passed
+        assert all("first" in name for name in passed)
+    passed.clear()
+    with using_adapter(unet, None), folded_adapters(unet):
+        noise_pred(unet)
+    assert not passed
+
+
+def test_weights_of_16_bits_are_not_folded(unet: UNet2DConditionModel) -> None:
+    unet.to(torch.bfloat16)
+    with using_adapter(unet, "first"), folded_adapters(unet):
+        assert not any("forward" in vars(layer) for layer in unet.modules() if isinstance(layer, LoraLayer))
+
+
+def test_a_folded_adapter_of_zeros_changes_no_bit(unet: UNet2DConditionModel) -> None:
+    zero_adapter(unet, "first")
+    with using_adapter(unet, "first"), folded_adapters(unet):
+        assert torch.equal(noise_pred(unet), noise_pred(tiny.make_unet()))
+
+
+def test_what_stood_in_for_a_layer_is_put_back_after_folding(unet: UNet2DConditionModel) -> None:
+    layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+    layers[0].forward = own = layers[0].forward
+    with pytest.raises(RuntimeError), using_adapter(unet, "second"), folded_adapters(unet):
+        assert all("forward" in vars(layer) for layer in layers)
+        raise RuntimeError
+    assert vars(layers[0])["forward"] is own
+    assert not any("forward" in vars(layer) for layer in layers[1:])
 
 
 @pytest.mark.parametrize("name", ["third", "", "First", "../first"])
