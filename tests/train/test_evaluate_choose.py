@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from medviz.errors import InputError
 from tests import tiny
 from tests.train.test_evaluate_stage import write_split
-from train.evaluate.choose import ChooseConfig, choose, main
+from train.evaluate.choose import ChooseConfig, choose, finishing, main
 
 
 @pytest.fixture
@@ -80,8 +80,13 @@ def test_steps_that_finish_are_rows_of_the_same_noises(config: ChooseConfig, tmp
     assert [rows[0, strength] for strength in (0.0, 1.0)] == plain
     distances = [row["kernel_distance_judge"]["value"] for row in report["rows"]]
     assert len(set(distances)) == 4
-    with pytest.raises(InputError, match="from 0 to 2, found 3"):
-        choose(replace(asked, few_step_finishes=(3,)))
+    for strength in (0.0, 1.0):
+        assert rows[0, strength]["kernel_distance_change_judge_since_first"]["value"] == 0.0
+        then, now = (rows[last, strength]["kernel_distance_judge"]["value"] for last in (0, 2))
+        assert rows[2, strength]["kernel_distance_change_judge_since_first"]["value"] == pytest.approx(now - then)
+    assert "kernel_distance_change_judge_since_first" not in report["real"]
+    with pytest.raises(InputError, match="from 0 to 3, found 4"):
+        choose(replace(asked, few_step_finishes=(4,)))
     with pytest.raises(InputError, match="needs a few_step_adapter"):
         choose(replace(asked, few_step_adapter=""))
 
@@ -92,6 +97,15 @@ def test_pictures_already_drawn_are_found_again(config: ChooseConfig) -> None:
     assert choose(config) == first
     assert drawn == {path: path.stat().st_mtime_ns for path in Path(config.out).glob("pictures/*/images-*.npz")}
     assert len(drawn) == 2 * 3 * 2  # scales, shares with the baseline, batches
+
+
+def test_all_of_its_steps_are_a_picture_that_the_few_step_adapter_draws_alone(
+    config: ChooseConfig, tmp_path: Path
+) -> None:
+    few_steps = tiny.add_few_steps(shutil.copytree(Path(config.features), tmp_path / "few"), [999, 700, 400])
+    config = replace(config, few_step_adapter=str(few_steps), few_step_finishes=(2, 3), steps=6)
+    found = finishing(config)
+    assert [(each.timesteps, each.lead) for each in found.values()] == [((700, 400), 6), ((999, 700, 400), None)]
 
 
 def test_the_decoder_that_is_named_draws_and_half_precision_is_another_picture(config: ChooseConfig) -> None:

@@ -67,7 +67,8 @@ class ChooseConfig(GuidedConfig):
     few_step_adapter: str = ""
     """Folder of an adapter that draws in few steps, for `few_step_finishes`."""
     few_step_finishes: tuple[int, ...] = ()
-    """How many of its last steps finish what the generator began, 0 for none, each measured; empty: none do."""
+    """How many of its last steps finish what the generator began, 0 for none, all of them for pictures that it draws
+    alone, each measured; empty: none do."""
     captions: int = 192
     """Validation images whose captions are drawn once each (at most half of the split)."""
     batch: int = 16
@@ -80,6 +81,9 @@ class ChooseConfig(GuidedConfig):
 
 def choose(config: ChooseConfig) -> dict[str, Any]:
     """Draw and measure every combination; returns the report that was written.
+
+    A row's changes are since the row without the adapter at its own setting; those that end in _since_first are since
+    the first setting's row of its own strength, of the same captions and noises.
 
     Raises InputError for a strength out of range, ModelError for a pipeline that is missing.
     """
@@ -107,12 +111,13 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         pipeline.to(torch.bfloat16)
     look = ValidationLook(config.judge, config.features, config.device, real, domain)
 
-    def row(chosen: tuple[float | None, ...], images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
-        figures = look.estimates(images, baseline) | look.of_heads(images, config.semantic_heads)
+    def row(chosen: tuple[float | None, ...], images: np.ndarray, figures: dict[str, Estimate]) -> dict[str, Any]:
+        figures = figures | look.of_heads(images, config.semantic_heads)
         measured = {name: estimate.as_json() for name, estimate in figures.items()}
         return dict(zip(SETTINGS, chosen, strict=True)) | measured
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    first: dict[float, Seen] = {}
     settings = list(product(config.guidance_scales, config.semantic_scales or (config.semantic_scale,), finishes))
     for scale, semantic, last in tqdm(settings, unit="setting"):
         heads = config.semantic_heads if semantic else ()
@@ -131,7 +136,15 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
             )
             for strength, name in names.items()
         }
-        rows += [row((scale, semantic, last, strength), images, drawn[0.0]) for strength, images in drawn.items()]
+        seen = {strength: look.seen(images) for strength, images in drawn.items()}
+        first = first or seen
+        for strength, images in drawn.items():
+            since = look.compared(seen[strength], first[strength])
+            figures = look.compared(seen[strength], seen[0.0]) | {
+                f"{name}_since_first": change for name, change in since.items() if "change" in name
+            }
+            rows.append(row((scale, semantic, last, strength), images, figures))
+    photographs = look.seen(real.prompted)
     told = ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter", "few_step_adapter")
     report = {
         "kind": "choice",
@@ -140,7 +153,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         "settings": {name: value for name, value in asdict(config).items() if name in told},
         "captions": len(real.captions),
         "reference": len(real.reference),
-        "real": row((None,) * len(SETTINGS), real.prompted, real.prompted),
+        "real": row((None,) * len(SETTINGS), real.prompted, look.compared(photographs, photographs)),
         "rows": rows,
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -161,12 +174,15 @@ def finishing(config: ChooseConfig) -> dict[int, FewSteps | None]:
         raise InputError("few_step_finishes needs a few_step_adapter")
     timesteps = tuple(read_json(Path(config.few_step_adapter) / ADAPTER_CONFIG_NAME)["timesteps"])
     for last in config.few_step_finishes:
-        if not 0 <= last < len(timesteps):
-            raise InputError(f"few_step_finishes must be from 0 to {len(timesteps) - 1}, found {last}")
-    return {
-        last: FewSteps(FEW_STEPS, timesteps[-last:], lead=config.steps) if last else None
-        for last in config.few_step_finishes
-    }
+        if not 0 <= last <= len(timesteps):
+            raise InputError(f"few_step_finishes must be from 0 to {len(timesteps)}, found {last}")
+    return {last: _few_steps(timesteps, last, config.steps) for last in config.few_step_finishes}
+
+
+def _few_steps(timesteps: tuple[int, ...], last: int, steps: int) -> FewSteps | None:
+    if not last:
+        return None
+    return FewSteps(FEW_STEPS, timesteps[-last:], lead=steps if last < len(timesteps) else None)
 
 
 @dataclass(frozen=True)
@@ -219,15 +235,11 @@ class ValidationLook:
         features = {space.name: space.embed(images, device=self.device) for space in self.spaces}
         return Seen(self.accuracy(images), features)
 
-    def estimates(self, images: np.ndarray, before: np.ndarray) -> dict[str, Estimate]:
-        """Accuracy and kernel distances of `images`, and their changes since `before`, of the same captions and noises.
+    def compared(self, now: Seen, before: Seen) -> dict[str, Estimate]:
+        """Accuracy and kernel distances of `now`, and their changes since `before`, of the same captions and noises.
 
         Keys: accuracy, accuracy_change, kernel_distance_SPACE, kernel_distance_change_SPACE.
         """
-        return self.compared(self.seen(images), self.seen(before))
-
-    def compared(self, now: Seen, before: Seen) -> dict[str, Estimate]:
-        """What `estimates` gives, of pictures that were seen already."""
         found = {
             "accuracy": mean_interval(now.accuracy),
             "accuracy_change": paired_difference(now.accuracy, before.accuracy),
