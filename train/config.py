@@ -73,8 +73,8 @@ _PROGRAM = "python -m train STAGE RECIPE"
 def parse(arguments: Sequence[str], config_class: type[C]) -> C:
     """The configuration of a stage from its command line: a recipe, then overrides; `--help` alone lists the options.
 
-    On a CPU without instructions for bf16 a recipe that asks for it computes in fp32, and says so: there it takes a
-    fortieth of the time, and the same memory. Raises InputError when no recipe is named, and as `read_recipe`.
+    On a CPU without instructions for bf16 a recipe that asks for it computes in fp32, and says so: there bf16
+    takes forty times as long. Raises InputError when no recipe is named, and as `read_recipe`.
     """
     if not arguments:
         raise InputError("name a recipe, e.g. one of train/recipes/, or --help for the options")

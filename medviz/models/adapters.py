@@ -2,8 +2,7 @@
 
 An adapter is LoRA weights of the UNet, learned input embeddings of the text encoder, or both. The base weights are
 never changed, so that baseline and aligned images differ by the adapter alone; drawing may multiply by sums of them
-and an adapter's change (`folded_adapters`).
-The LoRA files are those that `StableDiffusionPipeline.load_lora_weights` reads, too.
+and an adapter's change (`folded_adapters`). The LoRA files are those that `StableDiffusionPipeline.load_lora_weights` reads, too.
 """
 
 import json
@@ -67,7 +66,7 @@ def using_adapter(unet: UNet2DConditionModel, *names: str | None) -> Iterator[No
         states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _tuner_layers(unet)]
         try:
             # What PEFT's layers decide by. Its own switches also freeze and unfreeze every weight, which is the
-            # trainer's business, and take longer than a tenth of a picture in few steps.
+            # trainer's business, and walk all of them to do so.
             for layer, active, _ in states:
                 layer._active_adapter, layer._disable_adapters = loras or active, not loras
             for each, found in embeddings.items():
@@ -101,19 +100,20 @@ def folded_adapters(unet: UNet2DConditionModel) -> Iterator[None]:
     For drawing with the adapters that are on: switch none inside; no gradient reaches them. A change of zeros still
     changes no bit. Layers that hold or compute in 16 bits stay as they are: rounded, the sum would lose a small change.
     """
-    found: list[tuple[BaseTunerLayer, dict[str, Any]]] = []
+    found: list[tuple[BaseTunerLayer, Callable[..., torch.Tensor] | None]] = []
     with unet_lock(unet):
         try:
             for layer in _tuner_layers(unet):
                 names = [name for name in layer.active_adapters if name in layer.lora_A]
                 if names and not layer.disable_adapters and _can_fold(layer, names):
-                    found.append((layer, {k: vars(layer)[k] for k in ("forward",) if k in vars(layer)}))
+                    found.append((layer, vars(layer).get("forward")))
                     layer.forward = _folded_forward(layer, names)
             yield
         finally:
             for layer, former in found:
-                del layer.forward
-                vars(layer).update(former)
+                del layer.forward  # what its class has is seen again
+                if former is not None:
+                    layer.forward = former
 
 
 def _can_fold(layer: BaseTunerLayer, names: list[str]) -> bool:

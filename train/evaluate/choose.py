@@ -40,6 +40,7 @@ from train.evaluate.statistics import Estimate, mean_interval, paired_difference
 from train.rl.trainer import open_pipeline
 
 SETTINGS = ("guidance_scale", "semantic_scale", "few_step_finish", "strength")
+TOLD = ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter", "few_step_adapter")
 FEW_STEPS = "few_steps"
 """What the adapter that finishes pictures is called while they are drawn."""
 
@@ -68,7 +69,7 @@ class ChooseConfig(GuidedConfig):
     """Folder of an adapter that draws in few steps, for `few_step_finishes`."""
     few_step_finishes: tuple[int, ...] = ()
     """How many of its last steps finish what the generator began, 0 for none, all of them for pictures that it draws
-    alone, each measured; empty: none do."""
+    alone, along no word, each measured; empty: none do."""
     captions: int = 192
     """Validation images whose captions are drawn once each (at most half of the split)."""
     batch: int = 16
@@ -139,18 +140,15 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         seen = {strength: look.seen(images) for strength, images in drawn.items()}
         first = first or seen
         for strength, images in drawn.items():
-            since = look.compared(seen[strength], first[strength])
-            figures = look.compared(seen[strength], seen[0.0]) | {
-                f"{name}_since_first": change for name, change in since.items() if "change" in name
-            }
+            since_first = look.changes(seen[strength], first[strength], "_since_first")
+            figures = look.compared(seen[strength], seen[0.0]) | since_first
             rows.append(row((scale, semantic, last, strength), images, figures))
     photographs = look.seen(real.prompted)
-    told = ("steps", "seed", *RECIPE_OPTIONS, "pipeline", "adapter", "few_step_adapter")
     report = {
         "kind": "choice",
         "domain": config.domain,
         "split": "validation",
-        "settings": {name: value for name, value in asdict(config).items() if name in told},
+        "settings": {name: value for name, value in asdict(config).items() if name in TOLD},
         "captions": len(real.captions),
         "reference": len(real.reference),
         "real": row((None,) * len(SETTINGS), real.prompted, look.compared(photographs, photographs)),
@@ -249,6 +247,11 @@ class ValidationLook:
             found[f"kernel_distance_{name}"] = kernel_distance(mine, reference)
             found[f"kernel_distance_change_{name}"] = kernel_distance_change(mine, theirs, reference)
         return found
+
+    def changes(self, now: Seen, before: Seen, ending: str) -> dict[str, Estimate]:
+        """The changes of `compared` alone, their keys with `ending`."""
+        found = self.compared(now, before)
+        return {f"{name}{ending}": change for name, change in found.items() if "change" in name}
 
     def figures(self, arms: Mapping[str, Seen], photographs: Seen, table: str) -> list[Figure]:
         """Kernel distances and accuracy of several arms as figures of a table: the first arm's, the others' with their
