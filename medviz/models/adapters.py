@@ -2,7 +2,7 @@
 
 An adapter is LoRA weights of the UNet, learned input embeddings of the text encoder, or both. The base weights are
 never changed, so that baseline and aligned images differ by the adapter alone; drawing may multiply by sums of them
-and an adapter's change (`folded_adapters`). The LoRA files are those that `StableDiffusionPipeline.load_lora_weights` reads, too.
+and an adapter's change (`folded_adapters`). The LoRA files are those that diffusers' `load_lora_weights` reads, too.
 """
 
 import json
