@@ -31,14 +31,13 @@ class Request:
 class Preview:
     """One denoising step of a running comparison.
 
-    which: the image being drawn; step counts from 1 to steps; image: the model's guess of the finished picture at this
-    step, PIL RGB; None at most steps, because decoding takes time.
+    step counts from 1 to steps; images: the model's guess of the finished pictures (baseline, aligned) at this step,
+    PIL RGB; None at most steps, because decoding takes time.
     """
 
-    which: Literal["baseline", "aligned"]
     step: int
     steps: int
-    image: Image.Image | None
+    images: tuple[Image.Image, Image.Image] | None
 
 
 @dataclass(frozen=True)

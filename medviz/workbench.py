@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +22,8 @@ from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import RECIPE_OPTIONS, Guidance
 from medviz.generation.inversion import attention_on_image
-from medviz.generation.sampling import FewSteps, decode, latent_hw, sample, step_count
+from medviz.generation.plan import FewSteps, step_count
+from medviz.generation.sampling import decode, latent_hw, sample
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.capture import AttentionMaps, capture
 from medviz.grounding.heat_maps import grounding_heat_map, word_heat_maps
@@ -48,7 +49,8 @@ from medviz.results import (
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.scores import score_images
 
-PREVIEW_EVERY_S = 0.25  # an unfinished image is decoded no more often
+PREVIEW_EVERY_S = 0.5  # unfinished images are decoded no more often,
+PREVIEW_SHARE = 0.1  # nor for a larger share of the time
 BOX_THRESHOLD = 0.5  # of the heat map's maximum
 
 Check = Callable[[], None]
@@ -97,16 +99,13 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
     """Draw and measure a pair."""
     timings_s: dict[str, float] = {}
     with _timed(timings_s, "total"):
-        with _timed(timings_s, "baseline"):
-            baseline = _draw(models, request, "baseline", on_preview, check)
-        with _timed(timings_s, "aligned"):
-            # Without an adapter the second image would be the first one, bit for bit.
-            aligned = baseline if request.adapter is None else _draw(models, request, "aligned", on_preview, check)
+        with _timed(timings_s, "images"):
+            images, maps = _draw(models, request, on_preview, check)
         with _timed(timings_s, "regions"):
-            anatomies = [models.segmenter.segment(image) for image, _ in (baseline, aligned)]
+            anatomies = [models.segmenter.segment(image) for image in images]
         with _timed(timings_s, "scores"):
             parsed = models.domain.parse(request.prompt)
-            scores = score_images(models.classifiers, models.domain, parsed, [baseline[0], aligned[0]])
+            scores = score_images(models.classifiers, models.domain, parsed, images)
     tokenizer = models.loaded.pipeline.tokenizer
     words, warnings = read(models, request.prompt)
     if request.adapter is None:
@@ -122,11 +121,11 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
         )
     for side, anatomy in zip(("Baseline", "Aligned"), anatomies, strict=True):
         warnings += [f"{side} image: {warning}" for warning in anatomy.warnings]
-    size_hw = (baseline[0].height, baseline[0].width)
+    size_hw, samples = (images[0].height, images[0].width), (0, maps.samples - 1)
     regions = [region.name for region in models.domain.regions]
 
     def look_up(word: str) -> WordAttention:
-        heat_maps = word_heat_maps([baseline[1], aligned[1]], tokenizer, request.prompt, check_word(word), size_hw)
+        heat_maps = word_heat_maps(maps, tokenizer, request.prompt, check_word(word), size_hw, samples=samples)
         figures = region_attention(regions, heat_maps, [anatomy.regions for anatomy in anatomies])
         return WordAttention(word, heat_maps[0], heat_maps[1], figures)
 
@@ -134,8 +133,8 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
         **vars(request),
         models=model_identity(models.loaded.manifest, request.adapter, few_steps.adapter if few_steps else None),
         words=words,
-        baseline=Drawing(baseline[0], anatomies[0].regions),
-        aligned=Drawing(aligned[0], anatomies[1].regions),
+        baseline=Drawing(images[0], anatomies[0].regions),
+        aligned=Drawing(images[1], anatomies[1].regions),
         scores=tuple(scores),
         warnings=tuple(warnings),
         timings_s=timings_s,
@@ -236,26 +235,32 @@ def read(models: Models, prompt: str) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _draw(
-    models: Models, request: Request, which: Literal["baseline", "aligned"], on_preview: OnPreview | None, check: Check
-) -> tuple[Image.Image, AttentionMaps]:
-    """Draw one image of a pair and keep its attention."""
-    pipeline, last_s = models.loaded.pipeline, -math.inf
+    models: Models, request: Request, on_preview: OnPreview | None, check: Check
+) -> tuple[tuple[Image.Image, Image.Image], AttentionMaps]:
+    """Draw both images of a pair in the same passes and keep their attention, that of the baseline first."""
+    pipeline, decoded_s, last_s = models.loaded.pipeline, 0.0, time.monotonic()
+
+    def finish(latents: torch.Tensor) -> tuple[Image.Image, Image.Image]:
+        images = [to_pil(image) for image in decode(pipeline, latents)]
+        return images[0], images[-1]
 
     def on_step(index: int, x0: torch.Tensor) -> None:
-        nonlocal last_s
+        nonlocal decoded_s, last_s
         check()
         if on_preview is None:
             return
-        image = None
-        if time.monotonic() - last_s >= PREVIEW_EVERY_S:
-            image = to_pil(decode(pipeline, x0)[0])
+        images, started_s = None, time.monotonic()
+        if started_s - last_s >= max(PREVIEW_EVERY_S, decoded_s / PREVIEW_SHARE):
+            images = finish(x0)
             last_s = time.monotonic()
-        on_preview(Preview(which, index + 1, count, image))
+            decoded_s = last_s - started_s
+        on_preview(Preview(index + 1, count, images))
 
-    adapter = request.adapter if which == "aligned" else None
+    # Without an adapter the second image would be the first one, bit for bit.
+    adapters = (None,) if request.adapter is None else (None, request.adapter)
     few_steps = models.few_steps(request)
     count = step_count(pipeline, request.steps, few_steps)
-    with using_adapter(pipeline.unet, adapter), capture(pipeline.unet) as maps:
+    with using_adapter(pipeline.unet, None), capture(pipeline.unet) as maps:
         latents = sample(
             pipeline,
             [request.prompt],
@@ -263,10 +268,11 @@ def _draw(
             steps=request.steps,
             guidance_scale=models.guidance.with_scale(request.guidance_scale),
             few_steps=few_steps,
+            adapters=adapters,
             on_step=on_step,
             maps=maps,
         )
-        return to_pil(decode(pipeline, latents)[0]), maps
+        return finish(latents), maps
 
 
 @contextmanager

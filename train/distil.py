@@ -26,15 +26,9 @@ from tqdm import tqdm
 
 from medviz.domains import get_domain
 from medviz.errors import InputError
+from medviz.generation.plan import FewSteps, fresh_scheduler
 from medviz.generation.prompts import encode_prompts
-from medviz.generation.sampling import (
-    FewSteps,
-    decode,
-    fresh_scheduler,
-    sample,
-    signal_and_noise_level,
-    split_prediction,
-)
+from medviz.generation.sampling import decode, sample, signal_and_noise_level, split_prediction
 from medviz.models.adapters import using_adapter
 from medviz.models.manifest import hash_file
 from train import seeding

@@ -6,7 +6,7 @@ Shapes: B images, L context tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,28 @@ class PromptEmbeds:
         """The embeddings of the samples `chosen` int64 (N,), which may repeat."""
         contrasts = self.contrasts and self.contrasts.take(chosen, len(self.cond))
         return PromptEmbeds(self.cond[chosen], self.uncond[chosen], contrasts)
+
+
+def in_turn(encoded: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """One batch out of several encodings of it, in which every prompt stands as many times in a row: row i of the i-th
+    encoding, over and over."""
+
+    def pick(parts: list[torch.Tensor]) -> torch.Tensor:
+        row = torch.arange(len(parts[0]), device=parts[0].device)
+        return torch.stack(parts)[row % len(parts), row]
+
+    first = encoded[0]
+    if len(encoded) == 1:
+        return first
+    contrasts = first.contrasts
+    if contrasts is not None:
+        several = [each.contrasts for each in encoded if each.contrasts is not None]
+        contrasts = replace(
+            contrasts,
+            named=pick([each.named for each in several]),
+            unnamed=pick([each.unnamed for each in several]),
+        )
+    return PromptEmbeds(pick([each.cond for each in encoded]), pick([each.uncond for each in encoded]), contrasts)
 
 
 def _encode(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.nn.functional import avg_pool2d
 
 from medviz.errors import InputError, ModelError
 from medviz.generation.guidance import Guidance, SemanticGuidance
-from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts
-from medviz.limits import DEFAULT_GUIDANCE_SCALE
+from medviz.generation.plan import FewSteps, parts_of, semantic_of
+from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts, in_turn
 from medviz.models.adapters import also_using, folded_adapters
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from medviz.grounding.capture import AttentionMaps
-    from medviz.models.manifest import Manifest
 
 OnStep = Callable[[int, torch.Tensor], None]
 
@@ -42,46 +41,6 @@ class Denoised:
 
     x0: torch.Tensor
     noise: torch.Tensor
-
-
-@dataclass(frozen=True)
-class FewSteps:
-    """How a few-step adapter draws: at these timesteps, falling, one unguided pass each; its guidance is folded in.
-
-    semantic: along words it may be guided all the same, at a step or two, where it has learnt too little of that.
-    lead: of so many steps of the generator's own solver, guided as ever, those above the first timestep come before;
-    None: nothing does, the adapter draws all of the picture.
-    """
-
-    adapter: str
-    timesteps: tuple[int, ...]
-    semantic: SemanticGuidance | None = None
-    lead: int | None = None
-
-    @classmethod
-    def of(cls, manifest: Manifest, steps: int, guidance_scale: float) -> FewSteps | None:
-        """That of a model folder at its own guidance scale: for as many steps as the adapter has, all of the picture.
-
-        For another number of steps it is the end of it, where the folder's recipe says so (`few_step_finish`); else
-        None.
-        """
-        recipe, name = manifest.recipe, manifest.few_step_adapter
-        own = Guidance.of_recipe(recipe, manifest.domain, DEFAULT_GUIDANCE_SCALE)
-        if name is None or guidance_scale != own.scale:
-            return None
-        timesteps = tuple(manifest.adapters[name]["timesteps"])
-        semantic = None
-        if own.semantic and "few_step_semantic_interval" in recipe:
-            low, high = recipe["few_step_semantic_interval"]
-            semantic = replace(own.semantic, interval=(int(low), int(high)))
-        if steps == manifest.few_steps:
-            return cls(name, timesteps, semantic)
-        last = int(recipe.get("few_step_finish", 0))
-        return cls(name, timesteps[-last:], semantic, lead=steps) if last else None
-
-    def __str__(self) -> str:
-        said = f"`{self.adapter}`, {self.semantic} on top" if self.semantic else f"`{self.adapter}`"
-        return said if self.lead is None else f"{said} from timestep {self.timesteps[0]} on"
 
 
 def latent_hw(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -225,59 +184,6 @@ def signal_and_noise_level(
     return math.sqrt(alpha), math.sqrt(1.0 - alpha)
 
 
-def fresh_scheduler(pipeline: StableDiffusionPipeline) -> SchedulerMixin:
-    """A scheduler of the pipeline's kind with no state: schedulers count steps, so calls must not share one."""
-    return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Timesteps that one scheduler walks through, how they are guided, and the adapter that is on for them as well.
-
-    weights: of how many of the generator's own steps each stands in the place; empty: of one.
-    """
-
-    scheduler: SchedulerMixin
-    timesteps: torch.Tensor
-    guidance: float | Guidance
-    adapter: str | None = None
-    weights: tuple[int, ...] = ()
-
-
-def _parts(
-    pipeline: StableDiffusionPipeline, steps: int, guidance: float | Guidance, few_steps: FewSteps | None
-) -> list[_Part]:
-    """The parts of one drawing, in order."""
-    own, device = fresh_scheduler(pipeline), pipeline.unet.device
-    if few_steps is None:
-        own.set_timesteps(steps, device=device)
-        return [_Part(own, own.timesteps, guidance)]
-    from diffusers import DPMSolverMultistepScheduler
-
-    # deterministic first-order steps (DDIM)
-    few = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero"
-    )
-    few.set_timesteps(timesteps=list(few_steps.timesteps), device=device)
-    end = _Part(few, few.timesteps, Guidance(1.0, semantic=few_steps.semantic), few_steps.adapter)
-    if few_steps.lead is None:
-        return [end]
-    if "timesteps" not in inspect.signature(own.set_timesteps).parameters:
-        raise ModelError(f"{type(own).__name__} cannot stop where a few-step adapter goes on; DPM-Solver++ can")
-    own.set_timesteps(few_steps.lead, device=device)
-    first, replaced = few_steps.timesteps[0], own.timesteps
-    spans = zip(few_steps.timesteps, (*few_steps.timesteps[1:], -1), strict=True)
-    weights = tuple(max(int(((low < replaced) & (replaced <= high)).sum()), 1) for high, low in spans)
-    before = [int(t) for t in replaced if t > first]
-    own.set_timesteps(timesteps=[*before, first], device=device)  # its last step here ends at `first`
-    return [_Part(own, own.timesteps[:-1], guidance), replace(end, weights=weights)]
-
-
-def step_count(pipeline: StableDiffusionPipeline, steps: int, few_steps: FewSteps | None = None) -> int:
-    """How many steps `sample` takes, those of the few-step adapter's own included."""
-    return sum(len(part.timesteps) for part in _parts(pipeline, steps, 1.0, few_steps))
-
-
 def _check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float | Guidance) -> None:
     if isinstance(prompts, str) or len(prompts) == 0 or len(prompts) != len(seeds):
         count = "one text" if isinstance(prompts, str) else len(prompts)
@@ -300,9 +206,13 @@ def sample(
     grid_hw: tuple[int, int] | None = None,
     prompt_embeds: PromptEmbeds | None = None,
     few_steps: FewSteps | None = None,
+    adapters: Sequence[str | None] = (None,),
     trail: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draws latents (B, C, h, w), float32, one for each prompt and seed; `decode` makes images of them.
+
+    adapters: each prompt and seed is drawn, in the same passes, once with each of these beside those that are on: B is
+    then as many times larger, what belongs to one prompt side by side.
 
     A function of (weights, prompt, seed, steps, guidance scale, scheduler configuration): a scheduler that draws
     noise as it goes draws it from the sample's own seed. Nothing of the pipeline is changed.
@@ -311,15 +221,20 @@ def sample(
     latents (B, C, h, w); what it raises (Cancelled) ends the sampling. `maps`, from an enclosing `capture`, is told
     each step, and of how many of the solver's it stands in the place. `prompt_embeds`, where given, stands in for the
     encoded prompts. `few_steps`, where given, draws the picture or the end of it in place of solver and guidance; its
-    adapter is switched on for that beside those that are on. `trail` gets the latents (B, C, h, w) before each step.
+    adapter is switched on for that as well. `trail` gets the latents (B, C, h, w) before each step.
     No gradient is kept.
 
-    Raises InputError when the lists differ in length or a number is out of range, ModelError for a scheduler that a
-    few-step adapter cannot take over from.
+    Raises InputError when the lists differ in length, a number is out of range or an adapter is not loaded, ModelError
+    for a scheduler that a few-step adapter cannot take over from.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
-    unet, parts = pipeline.unet, _parts(pipeline, steps, guidance_scale, few_steps)
-    embeds = prompt_embeds if prompt_embeds is not None else encode_prompts(pipeline, prompts, _semantic_of(parts))
+    prompts = [prompt for prompt in prompts for _ in adapters]
+    seeds = [seed for seed in seeds for _ in adapters]
+    unet, parts = pipeline.unet, parts_of(pipeline, steps, guidance_scale, few_steps)
+    if prompt_embeds is None:
+        embeds = _encode_in_turn(pipeline, prompts, adapters, semantic_of(parts))
+    else:
+        embeds = prompt_embeds.take(torch.arange(len(prompt_embeds.cond)).repeat_interleave(len(adapters)))
     generators = seeded_generators(seeds)
     shape = (int(unet.config.in_channels), *(grid_hw or latent_hw(unet.config)))
     count, index = sum(len(part.timesteps) for part in parts), 0
@@ -328,7 +243,7 @@ def sample(
         scheduler = part.scheduler
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         draw = {"generator": generators} if takes_generator else {}
-        with also_using(unet, part.adapter), folded_adapters(unet), torch.inference_mode():
+        with also_using(unet, part.adapter), folded_adapters(unet, adapters), torch.inference_mode():
             for number, t in enumerate(part.timesteps):
                 scaled = scheduler.scale_model_input(latents, t)
                 if trail is not None:
@@ -345,10 +260,18 @@ def sample(
     return latents.clone()
 
 
-def _semantic_of(parts: Sequence[_Part]) -> SemanticGuidance | None:
-    """What prompts are encoded for: the words are the same in all parts, whose intervals and scales may differ."""
-    found = [part.guidance.semantic for part in parts if isinstance(part.guidance, Guidance)]
-    return next((semantic for semantic in found if semantic is not None), None)
+def _encode_in_turn(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    adapters: Sequence[str | None],
+    semantic: SemanticGuidance | None,
+) -> PromptEmbeds:
+    """Row i is encoded with the i-th adapter, over and over: an adapter may hold learned embeddings."""
+    encoded = []
+    for name in adapters:
+        with also_using(pipeline.unet, name):
+            encoded.append(encode_prompts(pipeline, prompts, semantic))
+    return in_turn(encoded)
 
 
 def _scale_and_shift(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float]:

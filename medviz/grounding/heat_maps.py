@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def word_heat_maps(
-    maps: Sequence[AttentionMaps],
+    maps: AttentionMaps,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     word: str,
     size_hw: tuple[int, int],
     *,
-    sample: int = 0,
+    samples: Sequence[int] = (0,),
     time_bin: int | None = None,
     resolutions: Collection[tuple[int, int]] | None = None,
     relative_to_prompt: bool = False,
 ) -> tuple[np.ndarray, ...]:
-    """One heat map (H, W), float32 in [0, 1], for each of the given captures of one prompt, all on one scale.
+    """One heat map (H, W), float32 in [0, 1], for each of the given samples of one prompt, all on one scale.
 
-    Give a pair (baseline, aligned) to compare them: equal values mean equal attention, 0 is the least and 1 the most
+    Name a pair (baseline, aligned) to compare them: equal values mean equal attention, 0 is the least and 1 the most
     found in either. What is shown is attention to the word's tokens itself. Every place shares its attention between
     the word, the other words and the special tokens, which take most of it; that share's level differs from word to
     word, its variation over the image does not depend on it, hence the stretch to [0, 1].
@@ -39,12 +39,12 @@ def word_heat_maps(
 
     Raises InputError when the word is not in the prompt or was cut off, or nothing was recorded.
     """
-    if len(maps) == 0:
-        raise InputError("at least one capture is needed, found none")
+    if len(samples) == 0:
+        raise InputError("at least one sample is needed, found none")
     tokens = token_indices(tokenizer, prompt, word)
     content = content_indices(tokenizer, prompt) if relative_to_prompt else None
     heats = [
-        captured.heat(
+        maps.heat(
             tokens,
             size_hw,
             sample=sample,
@@ -52,7 +52,7 @@ def word_heat_maps(
             resolutions=resolutions,
             content_indices=content,
         )
-        for captured in maps
+        for sample in samples
     ]
     return joint_scale(*heats)
 

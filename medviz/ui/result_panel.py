@@ -143,16 +143,12 @@ class ResultPanel:
         }
 
     def preview(self, step: Preview) -> Updates:
-        """Show how far a run is, and the unfinished image where the step brings one."""
-        done = step.step + (step.steps if step.which == "aligned" else 0)
-        updates: Updates = {
-            self.progress: views.progress_bar(
-                done, 2 * step.steps, f"{step.which.capitalize()} image, step {step.step} of {step.steps}"
-            )
-        }
-        if step.image is not None:
-            side = self.baseline if step.which == "baseline" else self.aligned
-            updates[side] = served_picture(views.preview(step.image), "unfinished")
+        """Show how far a run is, and the unfinished images where the step brings them."""
+        said = f"Both images, step {step.step} of {step.steps}"
+        updates: Updates = {self.progress: views.progress_bar(step.step, step.steps, said)}
+        if step.images is not None:
+            for side, image in zip((self.baseline, self.aligned), step.images, strict=True):
+                updates[side] = served_picture(views.preview(image), "unfinished")
         return updates
 
     def look(self, pair: Pair | None, word: str | None, outlined: bool, opacity: float) -> Updates:

@@ -1,5 +1,6 @@
 """Adapters: exactly one is on, or none; the base never changes; what is saved is what is loaded."""
 
+import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def noise_pred(unet: UNet2DConditionModel) -> torch.Tensor:
     latents = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator)
     prompt_embeds = torch.randn(2, 5, 16, generator=generator)
     with torch.no_grad():
-        return unet(latents, 500, prompt_embeds).sample
+        return unet(latents.to(unet.dtype), 500, prompt_embeds.to(unet.dtype)).sample
 
 
 @pytest.fixture
@@ -160,14 +161,25 @@ def test_layers_multiply_once_where_their_adapters_are_folded(unet: UNet2DCondit
 
 def test_weights_of_16_bits_are_not_folded(unet: UNet2DConditionModel) -> None:
     unet.to(torch.bfloat16)
-    with using_adapter(unet, "first"), folded_adapters(unet):
-        assert not any("forward" in vars(layer) for layer in unet.modules() if isinstance(layer, LoraLayer))
+    with using_adapter(unet, "first"):
+        separate = noise_pred(unet)
+        with folded_adapters(unet):
+            assert torch.equal(noise_pred(unet), separate)
 
 
-def test_a_folded_adapter_of_zeros_changes_no_bit(unet: UNet2DConditionModel) -> None:
-    zero_adapter(unet, "first")
-    with using_adapter(unet, "first"), folded_adapters(unet):
-        assert torch.equal(noise_pred(unet), noise_pred(tiny.make_unet()))
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_a_folded_adapter_of_zeros_changes_no_bit(unet: UNet2DConditionModel, form: torch.memory_format) -> None:
+    add_lora_of_convolutions(unet)
+    unet.to(memory_format=form)
+    for name in ("first", "third"):
+        zero_adapter(unet, name)
+    plain = noise_pred(tiny.make_unet().to(memory_format=form))
+    with using_adapter(unet, "first", "third"), folded_adapters(unet):
+        assert torch.equal(noise_pred(unet), plain)
+        for module in unet.modules():
+            if isinstance(module, LoraLayer) and isinstance(module.base_layer, torch.nn.Conv2d):
+                folded = inspect.getclosurevars(module.forward).nonlocals["weight"]
+                assert folded.stride() == module.base_layer.weight.stride()
 
 
 def test_what_stood_in_for_a_layer_is_put_back_after_folding(unet: UNet2DConditionModel) -> None:

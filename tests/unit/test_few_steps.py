@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from medviz.errors import ModelError
 from medviz.generation.guidance import Guidance, SemanticGuidance
-from medviz.generation.sampling import FewSteps, sample, step_count
+from medviz.generation.plan import FewSteps, step_count
+from medviz.generation.sampling import sample
 from medviz.grounding.capture import capture
 from medviz.models.adapters import also_using, using_adapter
 from medviz.models.manifest import Manifest

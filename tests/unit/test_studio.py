@@ -1,6 +1,7 @@
 """The use cases on tiny models: what is asked is checked first, drawn once, measured, and the same every time."""
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -147,9 +148,7 @@ def test_the_adapter_finishes_other_numbers_of_steps_where_the_folder_says_so(mo
     finishing = Studio(tmp_path, device="cpu")
     pair = finishing.compare("dermatology", prompt, 1, steps=10, on_preview=seen.append)
     plain = studio.compare("dermatology", prompt, 1, steps=10)
-    assert {(preview.which, preview.step, preview.steps) for preview in seen} == {
-        (side, step, 5) for side in ("baseline", "aligned") for step in range(1, 6)
-    }
+    assert [(preview.step, preview.steps) for preview in seen] == [(step, 5) for step in range(1, 6)]
     assert pair.baseline.image.tobytes() != plain.baseline.image.tobytes()
     assert pair.baseline.image.tobytes() != pair.aligned.image.tobytes()
     assert "adapters/few_steps" in pair.report()["models"]
@@ -172,7 +171,9 @@ def test_without_an_adapter_both_sides_are_the_baseline(studio: Studio) -> None:
     for adapter in (None, "none"):
         alone = studio.compare("dermatology", PROMPTS["dermatology"], 1, STEPS, adapter=adapter)
         assert alone.aligned.image.tobytes() == alone.baseline.image.tobytes()
-        assert alone.baseline.image.tobytes() == with_adapter.baseline.image.tobytes()
+        # one row in a pass, not two: the same but for rounding
+        beside = (np.asarray(found.baseline.image, int) for found in (alone, with_adapter))
+        assert np.abs(np.subtract(*beside)).max() <= 1
         assert alone.report()["adapter"] == "none"
         assert any("baseline" in warning for warning in alone.warnings)
 
@@ -238,11 +239,17 @@ def test_a_missing_model_folder_is_an_error_with_a_name(tmp_path: Path) -> None:
         studio.compare("dermatology", PROMPTS["dermatology"], 1)
 
 
-def test_every_step_is_reported_and_a_request_can_be_taken_back(studio: Studio) -> None:
+def test_every_step_is_reported_and_a_request_can_be_taken_back(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
-    studio.compare("dermatology", PROMPTS["dermatology"], 11, 3, on_preview=seen.append)
-    assert [(step.which, step.step) for step in seen] == [(w, s) for w in ("baseline", "aligned") for s in (1, 2, 3)]
-    assert seen[0].image is not None
+    with monkeypatch.context() as patched:
+        patched.setattr("medviz.workbench.PREVIEW_EVERY_S", 0)
+        patched.setattr("medviz.workbench.PREVIEW_SHARE", math.inf)
+        pair = studio.compare("dermatology", PROMPTS["dermatology"], 11, 3, on_preview=seen.append)
+    assert [(step.step, step.steps) for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    for image, drawing in zip(seen[-1].images, (pair.baseline, pair.aligned), strict=True):
+        assert np.abs(np.asarray(image, int) - np.asarray(drawing.image, int)).max() <= 1
     steps: list[int] = []
     with pytest.raises(Cancelled):
         studio.compare(

@@ -103,30 +103,32 @@ def test_the_last_word_that_fits_is_found_and_the_next_is_not(tokenizer: CLIPTok
     assert token_indices(tokenizer, fitting + " hair", "hair") == token_indices(tokenizer, fitting, "hair")
 
 
-def maps_of(tokenizer: CLIPTokenizer, prompt: str, word: str, peak: float) -> AttentionMaps:
-    """A 4 x 4 capture in which only `word` is read, most at row 1, column 2."""
-    probs = torch.zeros(4, 4, 48)
+def maps_of(tokenizer: CLIPTokenizer, prompt: str, word: str, *peaks: float) -> AttentionMaps:
+    """A 4 x 4 capture in which only `word` is read, most at row 1, column 2: one sample for each of the peaks."""
+    probs = torch.zeros(len(peaks), 4, 4, 48)
     indices = list(token_indices(tokenizer, prompt, word))
     probs[..., indices] = 0.01
-    probs[1, 2, indices] = peak
+    probs[:, 1, 2, indices] = torch.tensor(peaks)[:, None]
     probs[..., 0] = 1 - probs[..., 1:].sum(dim=-1)
     maps = AttentionMaps()
-    maps.add("layer", probs[None])
+    maps.add("layer", probs)
     return maps
 
 
 def test_a_pair_shares_one_scale(tokenizer: CLIPTokenizer) -> None:
-    pair = [maps_of(tokenizer, PROMPT, "hair", peak) for peak in (0.06, 0.11)]
-    weak, strong = word_heat_maps(pair, tokenizer, PROMPT, "hair", (4, 4))
+    maps = maps_of(tokenizer, PROMPT, "hair", 0.06, 0.11)
+    weak, strong = word_heat_maps(maps, tokenizer, PROMPT, "hair", (4, 4), samples=(0, 1))
     assert np.unravel_index(strong.argmax(), (4, 4)) == (1, 2)
     assert (strong.max(), strong.min(), weak.min()) == (1.0, 0.0, 0.0)
     assert weak.max() == pytest.approx(0.5, abs=1e-5)
     assert weak.dtype == strong.dtype == np.float32
+    with pytest.raises(InputError, match="at least one sample"):
+        word_heat_maps(maps, tokenizer, PROMPT, "hair", (4, 4), samples=())
 
 
 def test_share_of_the_prompt_needs_rivals(tokenizer: CLIPTokenizer) -> None:
     maps = maps_of(tokenizer, PROMPT, "hair", 0.2)
-    (shared,) = word_heat_maps([maps], tokenizer, PROMPT, "hair", (4, 4), relative_to_prompt=True)
+    (shared,) = word_heat_maps(maps, tokenizer, PROMPT, "hair", (4, 4), relative_to_prompt=True)
     assert not shared.any()
 
 

@@ -187,7 +187,7 @@ def test_a_choice_writes_the_prompt_once(page: Page, monkeypatch: pytest.MonkeyP
 
 def test_a_draft_follows_the_prompt_where_the_domain_can_draw_one(page: Page) -> None:
     prompt, drawn = page.locator("#mv-prompt textarea"), page.locator("#mv-shown textarea")
-    page.get_by_role("button", name="Settings").click()
+    set_steps(page, STEPS)  # opens the settings and waits until they are filled in
     before = shown(page, "aligned")
     prompt.fill("a dermoscopic image of basal cell carcinoma")
     page.wait_for_timeout(500)

@@ -109,7 +109,7 @@ def test_messages_tell_mistakes_in_full_and_failures_in_general(error: Exception
 
 
 def test_a_stream_yields_what_the_work_reports_then_its_result_or_its_error() -> None:
-    steps = [Preview("baseline", number, 2, None) for number in (1, 2)]
+    steps = [Preview(number, 2, None) for number in (1, 2)]
     pair = a_pair()
 
     def work(report: Callable[[Preview], None]) -> Pair:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -18,6 +18,8 @@ from medviz.generation.sampling import sample
 from medviz.grounding.capture import capture
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import ModelLibrary
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class AttentionBenchmark:
     """JSON file to write; empty: standard output alone."""
 
 
-def timed(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     """(seconds, result) of `work`."""
     began = time.perf_counter()
     result = work()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import RECIPE_OPTIONS
-from medviz.generation.sampling import FewSteps
+from medviz.generation.plan import FewSteps
 from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_lora
 from medviz.models.manifest import read_json
 from medviz.rewards.classifier import AttributeClassifier

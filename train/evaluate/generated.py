@@ -20,7 +20,8 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from medviz.generation.guidance import Guidance
-from medviz.generation.sampling import FewSteps, decode, sample
+from medviz.generation.plan import FewSteps
+from medviz.generation.sampling import decode, sample
 from medviz.models.adapters import using_adapter
 from medviz.models.manifest import FileRecord, hash_file
 from train.seeding import key

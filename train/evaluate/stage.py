@@ -27,7 +27,7 @@ from medviz.audit.memorisation import held_out_threshold, nearest_similarity
 from medviz.domains import Domain, ParsedPrompt, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
-from medviz.generation.sampling import FewSteps
+from medviz.generation.plan import FewSteps
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import FileRecord, read_manifest
