@@ -49,7 +49,7 @@ from medviz.results import (
 from medviz.rewards.classifier import AttributeClassifier
 from medviz.rewards.scores import score_images
 
-PREVIEW_EVERY_S = 0.5  # unfinished images are decoded no more often,
+PREVIEW_EVERY_S = 1.0  # unfinished images are decoded no more often, nor when the finished ones are nearly there,
 PREVIEW_SHARE = 0.1  # nor for a larger share of the time
 BOX_THRESHOLD = 0.5  # of the heat map's maximum
 
@@ -238,7 +238,8 @@ def _draw(
     models: Models, request: Request, on_preview: OnPreview | None, check: Check
 ) -> tuple[tuple[Image.Image, Image.Image], AttentionMaps]:
     """Draw both images of a pair in the same passes and keep their attention, that of the baseline first."""
-    pipeline, decoded_s, last_s = models.loaded.pipeline, 0.0, time.monotonic()
+    pipeline, decoded_s = models.loaded.pipeline, 0.0
+    begun_s = last_s = time.monotonic()
 
     def finish(latents: torch.Tensor) -> tuple[Image.Image, Image.Image]:
         images = [to_pil(image) for image in decode(pipeline, latents)]
@@ -249,11 +250,12 @@ def _draw(
         check()
         if on_preview is None:
             return
-        images, started_s = None, time.monotonic()
-        if started_s - last_s >= max(PREVIEW_EVERY_S, decoded_s / PREVIEW_SHARE):
+        images, now_s = None, time.monotonic()
+        left_s = (now_s - begun_s) / (index + 1) * (count - index - 1)
+        if now_s - last_s >= max(PREVIEW_EVERY_S, decoded_s / PREVIEW_SHARE) and left_s >= 2 * PREVIEW_EVERY_S:
             images = finish(x0)
             last_s = time.monotonic()
-            decoded_s = last_s - started_s
+            decoded_s = last_s - now_s
         on_preview(Preview(index + 1, count, images))
 
     # Without an adapter the second image would be the first one, bit for bit.

@@ -172,27 +172,32 @@ class GenerateTab:
         run = self.generate.click(self._busy, None, [*buttons, self.panel.progress], **LIGHT).then(
             self._run,
             [*asked, self.panel.pair],
-            [self.seed, *self.panel.outputs],
+            [self.seed, *self.panel.streamed],
             concurrency_id="model",
             concurrency_limit=1,
             show_progress="hidden",
             api_visibility="private",
         )
         run.then(self._ready, None, buttons, **LIGHT)
+        self._fill_after(run)
         if any(few_steps(self.studio, name) is not None for name in self.domains):
             # the tick, and whatever changes the prompt, typing or a menu; what is shown already is not drawn again
-            gr.on(
+            draft = gr.on(
                 [self.prompt.change, self.live.input],
                 self._draft,
                 [self.domain, self.prompt, self.seed, self.live, self.adapter, self.panel.pair],
-                self.panel.outputs,
+                self.panel.streamed,
                 concurrency_id="model",
                 concurrency_limit=1,
                 trigger_mode="always_last",
                 show_progress="hidden",
                 api_visibility="private",
             )
+            self._fill_after(draft)
         self.cancel.click(self._stop, self.panel.pair, [*buttons, *self.panel.outputs], cancels=[run], **LIGHT)
+
+    def _fill_after(self, run: gr.events.Dependency) -> None:
+        run.then(self.panel.fill, [self.panel.pair, self.panel.shown], self.panel.filled, **LIGHT)
 
     def open_page(self) -> Updates:
         """Return what a fresh page shows, the first domain's first stored example, and what may be used from then on.
@@ -333,14 +338,14 @@ class GenerateTab:
                     if isinstance(found, Preview):
                         yield self.panel.preview(found)
                     else:
-                        yield self.panel.show(found, f"Done in {found.timings_s['total']:.1f} s.")
+                        yield self.panel.finish(found, f"Done in {found.timings_s['total']:.1f} s.")
             except Cancelled as stopped:
                 # Whoever turned the switch has already put something else on the screen.
                 if not switch.is_set():
-                    yield self.panel.show(previous, str(stopped))
+                    yield self.panel.finish(previous, str(stopped))
             except (MedvizError, RuntimeError, OSError, MemoryError):
                 # What was shown before comes back: a failed request loses nothing.
-                yield self.panel.show(previous, "The request failed.")
+                yield self.panel.finish(previous, "The request failed.")
                 raise
 
 

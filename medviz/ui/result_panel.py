@@ -18,6 +18,8 @@ Updates = dict[Any, Any]
 # Page logic, not computing: never waits behind images, never an endpoint of the API.
 LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
+PLAIN = Look(word=None, outlined=False, opacity=0.0)
+UNFINISHED = "Unfinished images of the next pair"
 _EXPLANATION = (
     "A *reward* is what the aligned model was trained to raise, so a rise in it proves little. A *judge* is a separate "
     "network that training never saw. *Share* is the part of the word's attention inside a region; *contrast* is the "
@@ -95,9 +97,18 @@ class ResultPanel:
     @property
     def outputs(self) -> list[Any]:
         """Every component that the updates may hold."""
+        return [self.pair, self.progress, *self.filled]
+
+    @property
+    def streamed(self) -> list[Any]:
+        """The components that a run updates at every step. Few: Gradio makes each one anew at each step, in time that
+        drawing would have had."""
+        return [self.pair, self.progress, self.baseline, self.aligned, self.shown]
+
+    @property
+    def filled(self) -> list[Any]:
+        """The components that `fill` updates when a run has ended."""
         return [
-            self.pair,
-            self.progress,
             self.baseline,
             self.aligned,
             self.slider,
@@ -115,27 +126,37 @@ class ResultPanel:
 
     def show(self, pair: Pair | None, text: str) -> Updates:
         """Show a pair without overlays, or an empty panel, and a line of text where the progress bar stands."""
+        return {self.pair: pair, self.progress: views.status(text), **self._filled(pair)}
+
+    def finish(self, pair: Pair | None, text: str) -> Updates:
+        """Show a run's images, or once more those before it, and a line of text; `fill` shows the rest."""
+        pictures = (None, None) if pair is None else self._shown_pair(pair, PLAIN)
+        updates = {self.pair: pair, self.progress: views.status(text), self.shown: UNFINISHED}
+        return updates | dict(zip((self.baseline, self.aligned), pictures, strict=True))
+
+    def fill(self, pair: Pair | None, shown: str) -> Updates:
+        """Show all of a pair whose run has ended; where that was not its end, and it stands there already, nothing."""
+        return gr.skip() if shown == _title(pair) else self._filled(pair)
+
+    def _filled(self, pair: Pair | None) -> Updates:
         if pair is None:
-            updates: Updates = dict.fromkeys(self.outputs, None)
+            updates: Updates = dict.fromkeys(self.filled, None)
             updates |= {component: gr.update(value=None, interactive=False) for component in self.downloads}
-            updates |= {self.difference_note: "", self.shown: "", self.progress: views.status(text)}
-            updates |= {part: _filled("") for part in (self.legend, self.region_table, self.score_table)}
+            updates |= {self.difference_note: "", self.shown: _title(None)}
+            updates |= {part: _markup("") for part in (self.legend, self.region_table, self.score_table)}
             updates[self.words] = gr.update(choices=[views.NO_WORD], value=views.NO_WORD)
             updates[self.outlined] = False
             updates[self.warnings] = gr.update(value="", visible=False)
             return updates
         difference, note = views.shown_difference(pair)
         return {
-            self.pair: pair,
-            self.progress: views.status(text),
-            **self._pictures(pair, Look(word=None, outlined=False, opacity=0.0)),
+            **self._pictures(pair, PLAIN),
             self.outlined: False,
             self.difference: served_picture(difference, "difference"),
             self.difference_note: note,
-            self.shown: f"{pair.prompt} | seed {pair.seed} | {pair.steps} steps | guidance {pair.guidance_scale:g} | "
-            f"adapter {pair.adapter or 'none'}",
+            self.shown: _title(pair),
             self.words: gr.update(choices=[views.NO_WORD, *pair.words], value=views.NO_WORD),
-            self.score_table: _filled(views.score_table(pair)),
+            self.score_table: _markup(views.score_table(pair)),
             self.warnings: gr.update(
                 value="\n".join(pair.warnings), lines=max(1, len(pair.warnings)), visible=bool(pair.warnings)
             ),
@@ -147,6 +168,7 @@ class ResultPanel:
         said = f"Both images, step {step.step} of {step.steps}"
         updates: Updates = {self.progress: views.progress_bar(step.step, step.steps, said)}
         if step.images is not None:
+            updates[self.shown] = UNFINISHED
             for side, image in zip((self.baseline, self.aligned), step.images, strict=True):
                 updates[side] = served_picture(views.preview(image), "unfinished")
         return updates
@@ -159,15 +181,19 @@ class ResultPanel:
             return self._pictures(pair, Look(None if word in (None, views.NO_WORD) else word, outlined, opacity))
 
     def _pictures(self, pair: Pair, look: Look) -> Updates:
-        baseline, aligned = (served_picture(picture, "shown") for picture in views.shown_pair(pair, look))
+        baseline, aligned = self._shown_pair(pair, look)
         regions = views.region_table(pair.attention(look.word), pair.domain) if look.word else ""
         return {
             self.baseline: baseline,
             self.aligned: aligned,
             self.slider: (baseline, aligned),
-            self.legend: _filled(views.legend(pair.baseline.outlines, look, pair.domain)),
-            self.region_table: _filled(regions),
+            self.legend: _markup(views.legend(pair.baseline.outlines, look, pair.domain)),
+            self.region_table: _markup(regions),
         }
+
+    def _shown_pair(self, pair: Pair, look: Look) -> tuple[str, str]:
+        baseline, aligned = (served_picture(picture, "shown") for picture in views.shown_pair(pair, look))
+        return baseline, aligned
 
     def _files(self, pair: Pair) -> Updates:
         stem = f"{pair.domain}_{pair.seed}"
@@ -183,6 +209,16 @@ class ResultPanel:
         }
 
 
-def _filled(markup: str) -> dict[str, Any]:
+def _title(pair: Pair | None) -> str:
+    """What is shown, in a line."""
+    if pair is None:
+        return ""
+    return (
+        f"{pair.prompt} | seed {pair.seed} | {pair.steps} steps | guidance {pair.guidance_scale:g} | "
+        f"adapter {pair.adapter or 'none'}"
+    )
+
+
+def _markup(markup: str) -> dict[str, Any]:
     """Update of a markup component that takes no room while it is empty."""
     return gr.update(value=markup, visible=bool(markup))

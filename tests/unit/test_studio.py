@@ -250,6 +250,11 @@ def test_every_step_is_reported_and_a_request_can_be_taken_back(
     assert [(step.step, step.steps) for step in seen] == [(1, 3), (2, 3), (3, 3)]
     for image, drawing in zip(seen[-1].images, (pair.baseline, pair.aligned), strict=True):
         assert np.abs(np.asarray(image, int) - np.asarray(drawing.image, int)).max() <= 1
+    seen.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("medviz.workbench.PREVIEW_EVERY_S", 100)  # the finished images come long before
+        studio.compare("dermatology", PROMPTS["dermatology"], 14, 3, on_preview=seen.append)
+    assert [step.images for step in seen] == [None, None, None]
     steps: list[int] = []
     with pytest.raises(Cancelled):
         studio.compare(

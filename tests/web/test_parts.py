@@ -15,6 +15,7 @@ from medviz.results import Drawing, Pair, Preview, RegionAttention, Score, WordA
 from medviz.ui import views
 from medviz.ui.files import served
 from medviz.ui.guard import telling
+from medviz.ui.result_panel import ResultPanel
 from medviz.ui.running import Runs, stream
 from medviz.ui.theme import CSS
 
@@ -162,3 +163,22 @@ def test_served_files_are_whole_and_named_by_content(tmp_path: Path, monkeypatch
 def test_looks_ask_no_other_server() -> None:
     assert "http" not in CSS
     assert "@import" not in CSS
+
+
+def test_a_run_streams_few_parts_and_the_rest_is_filled_in_once() -> None:
+    with gr.Blocks():
+        panel = ResultPanel()
+    pair, step = a_pair(), Preview(1, 2, None)
+    assert set(panel.preview(step)) <= set(panel.streamed)
+    unfinished = panel.preview(replace(step, images=(pair.baseline.image, pair.aligned.image)))
+    assert set(unfinished) <= set(panel.streamed)
+    for before in (pair, None):
+        ended = panel.finish(before, "Done")
+        assert set(ended) == set(panel.streamed)
+        assert ended[panel.shown] == unfinished[panel.shown]
+        assert (ended[panel.baseline] is None) == (before is None)
+        filled = panel.fill(before, ended[panel.shown])
+        assert set(filled) == set(panel.filled)
+        assert panel.show(before, "Done").keys() == set(panel.outputs)
+        # what stands there already keeps its overlay
+        assert panel.fill(before, filled[panel.shown]) == gr.skip()
