@@ -59,13 +59,13 @@ run: setup
 	$(BIN)/python app.py
 
 # Tests need no network: offline mode turns any attempt into an error at once.
-# A test takes one core: as many files at a time as there are cores, a GB of memory each.
+# A test and what it starts take one core: as many files at a time as there are cores, a GB of memory each.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 test: setup-dev browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: setup-dev browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 
 # Nothing else runs these: they need a CUDA card with 24 GB, and no weights are downloaded. Elsewhere they say so and skip.
 test-gpu: setup-dev
