@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -67,8 +68,8 @@ def add_lora(unet: UNet2DConditionModel, name: str = ADAPTER, seed: int = 0) -> 
     unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False), name)
 
 
-def make_pipeline(domain: str, seed: int = 0) -> StableDiffusionPipeline:
-    """A text-to-image pipeline of 64 x 64 images, eval mode, fp32, without adapters."""
+def make_pipeline(domain: str, seed: int = 0, *, loras: Sequence[str] = ()) -> StableDiffusionPipeline:
+    """A text-to-image pipeline of 64 x 64 images, eval mode, fp32; the LoRA adapters it holds are off."""
     tokenizer = make_tokenizer(domain)
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
@@ -112,6 +113,10 @@ def make_pipeline(domain: str, seed: int = 0) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    for number, name in enumerate(loras):
+        add_lora(pipeline.unet, name, number)
+    if loras:
+        pipeline.unet.disable_adapters()
     return pipeline
 
 

@@ -228,6 +228,8 @@ def sample(
     for a scheduler that a few-step adapter cannot take over from.
     """
     _check_request(prompts, seeds, steps, guidance_scale)
+    if len(adapters) == 0:
+        raise InputError("at least one adapter, or None for none, is needed to draw with; found no entry")
     prompts = [prompt for prompt in prompts for _ in adapters]
     seeds = [seed for seed in seeds for _ in adapters]
     unet, parts = pipeline.unet, parts_of(pipeline, steps, guidance_scale, few_steps)

@@ -16,7 +16,7 @@ from medviz.generation.sampling import sample
 from medviz.grounding.capture import capture
 from medviz.models.adapters import also_using, using_adapter
 from medviz.models.manifest import Manifest
-from tests.tiny import add_lora, make_pipeline
+from tests.tiny import make_pipeline
 
 PROMPTS = ["a dermoscopic image with nevus", "a dermoscopic image with melanoma"]
 CANONICAL = "a dermoscopic image with melanoma (MEL) showing hair, ruler"
@@ -28,11 +28,7 @@ GUIDANCE = Guidance(3.0, (150, 700), 0.25)
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
     """Off, it holds an adapter that draws fast and one that aligns."""
-    made = make_pipeline("dermatology")
-    for seed, name in enumerate(("fast", "aligned")):
-        add_lora(made.unet, name, seed)
-    made.unet.disable_adapters()
-    return made
+    return make_pipeline("dermatology", loras=("fast", "aligned"))
 
 
 @contextmanager

@@ -28,10 +28,7 @@ ADAPTERS = (None, "aligned", "spoken")
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
     """Off, it holds an adapter that draws fast, one that aligns, and one of learned embeddings."""
-    made = make_pipeline("dermatology")
-    for seed, name in enumerate(("fast", "aligned")):
-        add_lora(made.unet, name, seed)
-    made.unet.disable_adapters()
+    made = make_pipeline("dermatology", loras=("fast", "aligned"))
     learned = PromptEmbeddings(made.tokenizer, ("nevus", "hair"), made.text_encoder.config.hidden_size)
     learned.offsets.data.normal_(generator=torch.Generator().manual_seed(0))
     add_prompt_embeddings(made, "spoken", learned)
@@ -167,5 +164,7 @@ def test_rows_keep_their_adapters_under_autocast(unet: UNet2DConditionModel) -> 
 def test_a_name_that_is_not_loaded_is_refused(unet: UNet2DConditionModel, pipeline) -> None:
     with pytest.raises(InputError, match="unknown adapter 'third'"), folded_adapters(unet, (None, "third")):
         pass
+    with pytest.raises(InputError, match="at least one adapter"):
+        sample(pipeline, [PLAIN], [1], steps=1, adapters=())
     with pytest.raises(InputError, match="unknown adapter 'third'"):
         sample(pipeline, [PLAIN], [1], steps=1, adapters=("third",))

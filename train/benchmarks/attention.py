@@ -1,13 +1,9 @@
 """What capturing cross-attention costs: the same picture drawn with and without it, in turn, in one process."""
 
-import json
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import tyro
@@ -18,8 +14,7 @@ from medviz.generation.sampling import sample
 from medviz.grounding.capture import capture
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import ModelLibrary
-
-Result = TypeVar("Result")
+from train.benchmarks.timing import timed, write
 
 
 @dataclass
@@ -36,13 +31,6 @@ class AttentionBenchmark:
     device: str = "cpu"
     out: str = ""
     """JSON file to write; empty: standard output alone."""
-
-
-def timed(work: Callable[[], Result]) -> tuple[float, Result]:
-    """(seconds, result) of `work`."""
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
 
 
 def measure(config: AttentionBenchmark) -> dict[str, Any]:
@@ -90,8 +78,4 @@ def measure(config: AttentionBenchmark) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """`python -m train bench attention [options]`."""
     config = tyro.cli(AttentionBenchmark, args=arguments, prog="python -m train bench attention")
-    text = json.dumps(measure(config), indent=1) + "\n"
-    if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(text)
-    sys.stdout.write(text)
+    write(measure(config), config.out)

@@ -1,8 +1,6 @@
 """How long a pair takes a model that is loaded: as the app draws and measures it, and drawn in the same passes beside
 one picture after the other."""
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +17,7 @@ from medviz.models.adapters import using_adapter
 from medviz.models.library import ModelLibrary
 from medviz.results import Request
 from medviz.workbench import Models, compare, load_models
-from train.benchmarks.attention import timed
+from train.benchmarks.timing import timed, write
 from train.evaluate.statistics import student_interval, student_ratio
 
 
@@ -99,8 +97,4 @@ def _draw(models: Models, request: Request, drawings: Sequence[Sequence[str | No
 def main(arguments: list[str]) -> None:
     """`python -m train bench pair [options]`."""
     config = tyro.cli(PairBenchmark, args=arguments, prog="python -m train bench pair")
-    text = json.dumps(measure(config), indent=1) + "\n"
-    if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(text)
-    sys.stdout.write(text)
+    write(measure(config), config.out)
