@@ -103,6 +103,10 @@ SHIPPED_DECODER = $(or $(FINISH_$(1)_$(PRESET)),$(DECODER))
 SETTLE_dermatology_gpu := settle-dermatology-gpu
 ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
 
+# The last of what a model folder is made of, and the gains by frequency that are measured on the folder without them.
+PARTS = $(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET)
+SPECTRUM = $(if $(filter gpu,$(PRESET)),spectrum-$(1)-$(PRESET))
+
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain
 $(call stage,contrastive,contrastive-$(1)-$(PRESET),)
@@ -131,7 +135,9 @@ $(if $(filter cpu,$(PRESET)),,$(call stage,autoencoder,$(DECODER),autoencoder-$(
 
 $(if $(FINISH_$(1)_$(PRESET)),$(call stage,finish,$(FINISH_$(1)_$(PRESET)),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET)))
 
-train-$(1): $(foreach run,$(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET),runs/$(run)/metrics.json)
+$(if $(SPECTRUM),$(call stage,spectrum,$(SPECTRUM),$(PARTS)))
+
+train-$(1): $(foreach run,$(PARTS) $(SPECTRUM),runs/$(run)/metrics.json)
 	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
 	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test --steps 4
@@ -149,7 +155,7 @@ train: train-dermatology train-radiology
 
 # What looks for places, of chest X-rays alone.
 $(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(call GENERATOR,radiology) segmenter-radiology-$(PRESET)))
-train-radiology: runs/anatomy-own-radiology-$(PRESET)/metrics.json
+train-radiology runs/spectrum-radiology-$(PRESET)/metrics.json: | runs/anatomy-own-radiology-$(PRESET)/metrics.json
 
 ifeq ($(PRESET),cpu)
 $(eval $(call stage,diffusion,wider-dermatology-cpu,longer-dermatology-cpu))

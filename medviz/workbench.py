@@ -24,6 +24,7 @@ from medviz.generation.guidance import RECIPE_OPTIONS, Guidance
 from medviz.generation.inversion import attention_on_image
 from medviz.generation.plan import FewSteps, step_count
 from medviz.generation.sampling import decode, latent_hw, sample
+from medviz.generation.spectrum import Spectra
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.capture import AttentionMaps, capture
 from medviz.grounding.heat_maps import grounding_heat_map, word_heat_maps
@@ -66,6 +67,7 @@ class Models:
     loaded: LoadedDomain
     segmenter: Segmenter
     classifiers: Mapping[str, AttributeClassifier]
+    spectra: Spectra
 
     @property
     def image_size_px(self) -> int:
@@ -92,7 +94,8 @@ def load_models(library: ModelLibrary, domain: str) -> Models:
             role: AttributeClassifier.load(folder, loaded.device)
             for role, folder in {**folders, "judge": loaded.folder / "judge"}.items()
         }
-        return Models(get_domain(domain), loaded, Segmenter.load(loaded.folder / "segmenter"), classifiers)
+        segmenter, spectra = Segmenter.load(loaded.folder / "segmenter"), Spectra.of_manifest(loaded.manifest)
+        return Models(get_domain(domain), loaded, segmenter, classifiers, spectra)
 
 
 def compare(models: Models, request: Request, on_preview: OnPreview | None, check: Check) -> Pair:
@@ -151,6 +154,7 @@ def score_image(models: Models, prompt: str, picture: Image.Image) -> list[Score
 def draw_batch(models: Models, requests: Sequence[Request]) -> list[Image.Image]:
     """Draw requests that differ in prompt and seed alone."""
     pipeline, first = models.loaded.pipeline, requests[0]
+    few_steps = models.few_steps(first)
     with using_adapter(pipeline.unet, first.adapter):
         latents = sample(
             pipeline,
@@ -158,7 +162,8 @@ def draw_batch(models: Models, requests: Sequence[Request]) -> list[Image.Image]
             [request.seed for request in requests],
             steps=first.steps,
             guidance_scale=models.guidance.with_scale(first.guidance_scale),
-            few_steps=models.few_steps(first),
+            few_steps=few_steps,
+            spectrum=models.spectra.of(few_steps),
         )
         return [to_pil(image) for image in decode(pipeline, latents)]
 
@@ -271,6 +276,7 @@ def _draw(
             guidance_scale=models.guidance.with_scale(request.guidance_scale),
             few_steps=few_steps,
             adapters=adapters,
+            spectrum=models.spectra.of(few_steps),
             on_step=on_step,
             maps=maps,
         )

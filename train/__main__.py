@@ -17,6 +17,7 @@ STAGES = {
     "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),
     "anatomy_prompts": ("train.anatomy_prompts", "words of places learn to look at their place"),
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
+    "spectrum": ("train.spectrum", "gains that give pictures the power spectrum of real images"),
     "evaluate": (
         "train.evaluate",
         "fidelity, alignment, diversity, memorisation; `evaluate grounding`: where phrases look; `evaluate placement`",

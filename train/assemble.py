@@ -112,6 +112,8 @@ class Parts:
     """The adapter that draws in few steps; None: there is none."""
     few_step_finish: int = 0
     """How many of its last steps finish what the generator's own began, where more are asked for; 0: none do."""
+    spectrum: str = ""
+    """spectra.json of the gains that finished latents go through; empty: they go through none."""
     tells: tuple[str, ...] = ()
     """What gives the pictures away beside real ones, a sentence each, as seen by eye on the sheets."""
     adapter_strengths: dict[str, float] = field(default_factory=dict)
@@ -219,6 +221,15 @@ def _check_few_steps(parts: Parts) -> None:
         )
 
 
+def _spectra(parts: Parts) -> dict[str, Any]:
+    if not parts.spectrum:
+        return {}
+    path = Path(parts.spectrum)
+    if not path.is_file():
+        raise InputError(f"{path} is missing: the stage spectrum has not finished")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def assemble(parts: Parts, folder: Path) -> None:
     """Write the model folder `folder` from the parts and describe it in manifest.json and README.md.
 
@@ -270,6 +281,7 @@ def assemble(parts: Parts, folder: Path) -> None:
             "default_adapter": parts.default_adapter,
             "grounding_adapter": parts.grounding_adapter,
             "few_step_adapter": parts.few_step_adapter,
+            **({"spectra": spectra} if (spectra := _spectra(parts)) else {}),
             "tells": list(parts.tells),
         },
     )

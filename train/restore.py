@@ -8,7 +8,9 @@ gone), and the text projection of the contrastive model. A run that is there alr
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from medviz.errors import InputError
 from medviz.models.manifest import Manifest, read_manifest, verify
@@ -43,6 +45,9 @@ def restore(parts: Parts, folder: Path) -> list[str]:
         },
     }
     written = [place for place, names in places.items() if place and _copy(folder, names, Path(place))]
+    if parts.spectrum and manifest.spectra and not Path(parts.spectrum).exists():
+        _write_json(Path(parts.spectrum), manifest.spectra)
+        written.append(parts.spectrum)
     return written + _write_figures(parts, manifest)
 
 
@@ -66,10 +71,14 @@ def _write_figures(parts: Parts, manifest: Manifest) -> list[str]:
     for stage, run in parts.runs.items():
         path = Path(run) / "metrics.json"
         if stage in manifest.metrics and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(manifest.metrics[stage], indent=1, allow_nan=False) + "\n")
+            _write_json(path, manifest.metrics[stage])
             written.append(str(path))
     return written
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def main(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ from medviz.errors import InputError, ModelError
 from medviz.generation.guidance import Guidance, SemanticGuidance
 from medviz.generation.plan import FewSteps, parts_of, semantic_of
 from medviz.generation.prompts import Contrasts, PromptEmbeds, encode_prompts, in_turn
+from medviz.generation.spectrum import Spectrum
 from medviz.models.adapters import also_using, folded_adapters
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def sample(
     prompt_embeds: PromptEmbeds | None = None,
     few_steps: FewSteps | None = None,
     adapters: Sequence[str | None] = (None,),
+    spectrum: Spectrum | None = None,
     trail: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draws latents (B, C, h, w), float32, one for each prompt and seed; `decode` makes images of them.
@@ -221,8 +223,8 @@ def sample(
     latents (B, C, h, w); what it raises (Cancelled) ends the sampling. `maps`, from an enclosing `capture`, is told
     each step, and of how many of the solver's it stands in the place. `prompt_embeds`, where given, stands in for the
     encoded prompts. `few_steps`, where given, draws the picture or the end of it in place of solver and guidance; its
-    adapter is switched on for that as well. `trail` gets the latents (B, C, h, w) before each step.
-    No gradient is kept.
+    adapter is switched on for that as well. `spectrum`, where given, is what finished latents go through. `trail` gets
+    the latents (B, C, h, w) before each step. No gradient is kept.
 
     Raises InputError when the lists differ in length, a number is out of range or an adapter is not loaded, ModelError
     for a scheduler that a few-step adapter cannot take over from.
@@ -259,7 +261,7 @@ def sample(
                     on_step(index, split_prediction(scheduler, prediction, scaled, t).x0)
                 index += 1
     # A copy made outside inference mode is an ordinary tensor, which a training step may save for its backward pass.
-    return latents.clone()
+    return spectrum(latents.clone()) if spectrum else latents.clone()
 
 
 def _encode_in_turn(

@@ -52,8 +52,9 @@ class Manifest:
     """manifest.json. `files` maps POSIX paths relative to the folder to their records; `adapters` maps names to what
     adapter.json says; `grounding_adapter` is the one that phrases are looked for with (None: `default_adapter`);
     `few_step_adapter` the one that draws in as many steps as its adapter.json has timesteps (None: there is none);
-    `tells` says what gives its pictures away, as seen by eye; `hub` is None when the pipeline lies in the folder
-    itself. Figures that were not computed are None."""
+    `spectra` holds what finished latents go through, see `medviz.generation.spectrum`; `tells` says what gives its
+    pictures away, as seen by eye; `hub` is None when the pipeline lies in the folder itself. Figures that were not
+    computed are None."""
 
     domain: str
     preset: str = ""
@@ -66,6 +67,7 @@ class Manifest:
     default_adapter: str | None = None
     grounding_adapter: str | None = None
     few_step_adapter: str | None = None
+    spectra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tells: Sequence[str] = ()
     hub: HubSource | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)

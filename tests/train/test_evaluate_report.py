@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
+from medviz.limits import DEFAULT_GUIDANCE_SCALE
 from medviz.models.card import CARD_NAME, write_card
-from medviz.models.manifest import write_manifest
+from medviz.models.manifest import read_manifest, write_manifest
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
 from train.evaluate.figures import Figure
+from train.evaluate.generated import told
 from train.evaluate.report import (
     BEGIN,
     END,
@@ -181,7 +184,13 @@ def test_a_card_shows_the_evaluation_of_its_own_files_alone(tmp_path: Path) -> N
     (tmp_path / "evaluation-a.json").write_text(json.dumps(report()))
     run(config)
     assert "## Measured\n\nNot computed." in (folder / CARD_NAME).read_text()
-    (tmp_path / "evaluation-a.json").write_text(json.dumps(report(kind="evaluation", models={"sha256": digest})))
+    mine: dict[str, Any] = {"kind": "evaluation", "models": {"sha256": digest}}
+    other = {"steps": 20, "guidance_scale": "9"}
+    (tmp_path / "evaluation-a.json").write_text(json.dumps(report(**mine, settings=other)))
+    run(config)
+    assert "## Measured\n\nNot computed." in (folder / CARD_NAME).read_text()  # it draws otherwise now
+    own = {"steps": 20, "guidance_scale": told(read_manifest(folder), 20, Guidance(DEFAULT_GUIDANCE_SCALE))}
+    (tmp_path / "evaluation-a.json").write_text(json.dumps(report(**mine, settings=own)))
     run(config)
     assert "0.75" in (folder / CARD_NAME).read_text()
     assert run(config) is True

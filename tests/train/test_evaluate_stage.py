@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from medviz.domains import get_domain
 from medviz.errors import InputError, ModelError
+from medviz.generation.spectrum import Spectrum
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import write_manifest
 from tests import tiny
@@ -181,7 +182,7 @@ def test_half_precision_is_drawn_anew_and_recorded(
     reports = [run(config_for(model_root, tmp_path, per_class=0, bf16=bf16)) for bf16 in (False, True)]
     assert [report["settings"]["precision"] for report in reports] == ["float32", "bfloat16"]
     # grid, captions and a sheet by two models, each in either precision
-    assert len(list((tmp_path / "run" / "pictures").iterdir())) == 12
+    assert len(list((tmp_path / "run" / "pictures").glob("*/images-000000.npz"))) == 12
     margins = [next(f for f in report["figures"] if f["name"] == "reward_margin_grid") for report in reports]
     full, half = (figure["baseline"]["value"] for figure in margins)
     assert full != half
@@ -205,7 +206,8 @@ def test_pictures_are_drawn_once_and_found_again(
     assert first.shape == (3, tiny.IMAGE_SIZE_PX, tiny.IMAGE_SIZE_PX, 3)
     stored = sorted(tmp_path.rglob("*.npz"))
     assert len(stored) == 2
-    stored[1].unlink()  # a stop between the two batches
+    for batch in (stored[1], *tmp_path.rglob("latents-000002.npy")):
+        batch.unlink()  # a stop between the two batches
 
     drawn: list[int] = []
     from train.evaluate import generated
@@ -219,6 +221,14 @@ def test_pictures_are_drawn_once_and_found_again(
     monkeypatch.setattr(generated, "sample", counted)
     again = generate(loaded.pipeline, loaded.manifest.files, None, request, tmp_path, **options)
     np.testing.assert_array_equal(again, first)
+    assert drawn == [1]
+    stored[0].unlink()  # what was drawn is decoded again
+    decoded = generate(loaded.pipeline, loaded.manifest.files, None, request, tmp_path, **options)
+    np.testing.assert_array_equal(decoded, first)
+    assert drawn == [1]
+    flat = Spectrum((0.1,), ((0.25,),) * tiny.LATENT_CHANNELS)
+    through = generate(loaded.pipeline, loaded.manifest.files, None, request, tmp_path, spectrum=flat, **options)
+    assert not np.array_equal(through, first)
     assert drawn == [1]
     aligned = generate(loaded.pipeline, loaded.manifest.files, tiny.ADAPTER, request, tmp_path, **options)
     assert drawn == [1, 2, 1]

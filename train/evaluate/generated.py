@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from tqdm import tqdm
 from medviz.generation.guidance import Guidance
 from medviz.generation.plan import FewSteps
 from medviz.generation.sampling import decode, sample
+from medviz.generation.spectrum import Spectra, Spectrum
 from medviz.models.adapters import using_adapter
-from medviz.models.manifest import FileRecord, hash_file
+from medviz.models.manifest import FileRecord, Manifest, hash_file
 from train.seeding import key
 
-GENERATOR_PARTS = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "model_index.json")
+DRAWN_BY = ("unet/", "text_encoder/", "tokenizer/", "scheduler/", "model_index.json")
+GENERATOR_PARTS = (*DRAWN_BY, "vae/")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,20 @@ def caption_request(captions: Sequence[str], seed: int, steps: int, guidance_sca
     return Request(prompts=tuple(captions), seeds=seeds, steps=steps, guidance_scale=guidance_scale)
 
 
+def few_steps_of(manifest: Manifest, steps: int, guidance: float | Guidance) -> FewSteps | None:
+    """How the few-step adapter of a model folder has part in a picture."""
+    return FewSteps.of(manifest, steps, guidance.scale if isinstance(guidance, Guidance) else guidance)
+
+
+def told(manifest: Manifest, steps: int, guidance: float | Guidance) -> str:
+    """How a model folder draws at that guidance, in words: two that draw alike say the same."""
+    few_steps = few_steps_of(manifest, steps, guidance)
+    joined = "," if few_steps and few_steps.lead else ""
+    folded = f"{joined} folded into {few_steps}" if few_steps else ""
+    spectrum = Spectra.of_manifest(manifest).of(few_steps)
+    return f"{guidance}{folded}{f', {spectrum}' if spectrum else ''}"
+
+
 def file_records(folder: Path, prefix: str = "") -> dict[str, FileRecord]:
     """Name below `prefix` -> size and sha256 of every file in `folder`, as a manifest lists them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -71,7 +88,11 @@ def weights_digest(files: Mapping[str, FileRecord], *adapters: str | None) -> st
 
     The judge, the reward and other adapters leave it unchanged.
     """
-    return _digest(files, (*GENERATOR_PARTS, *(f"adapters/{name}/" for name in adapters if name is not None)))
+    return _digest(files, (*GENERATOR_PARTS, *_adapter_parts(adapters)))
+
+
+def _adapter_parts(adapters: Sequence[str | None]) -> tuple[str, ...]:
+    return tuple(f"adapters/{name}/" for name in adapters if name is not None)
 
 
 def eyes_digest(files: Mapping[str, FileRecord]) -> str:
@@ -94,28 +115,56 @@ def generate(
     batch: int,
     label: str = "images",
     few_steps: FewSteps | None = None,
+    spectrum: Spectrum | None = None,
 ) -> np.ndarray:
     """Images of a request as uint8 (N, H, W, 3), drawn in batches of `batch`; batches found in `folder` are read.
 
-    adapter: a name, or None for the baseline; few_steps: see `medviz.generation.sampling.sample`. The image of a prompt
-    and seed is the same whichever batch it is in, up to the float error of a matrix product of another size.
+    adapter: a name, or None for the baseline; few_steps, spectrum: see `medviz.generation.sampling.sample`. The image
+    of a prompt and seed is the same whichever batch it is in, up to the float error of a matrix product of another
+    size. Latents are kept as well: another decoder or spectrum takes no drawing.
     """
-    also = few_steps.adapter if few_steps else None
-    asked = asdict(request, dict_factory=_said)
-    identity = {"weights": weights_digest(files, adapter, also), "adapter": adapter, "batch": batch, **asked}
-    identity["dtype"] = str(next(pipeline.unet.parameters()).dtype)
-    if few_steps:
-        identity["few_steps"] = asdict(few_steps, dict_factory=_said)
-    place = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "request.json").write_text(json.dumps(identity, indent=1))
+    identity = _identity(pipeline, request, adapter, batch, few_steps)
+    identity["weights"] = weights_digest(files, adapter, few_steps.adapter if few_steps else None)
+    if spectrum:
+        identity["spectrum"] = spectrum.as_json()
+    place = _place(folder, identity)
     parts = []
-    with using_adapter(pipeline.unet, adapter), tqdm(total=len(request), unit="image", desc=label) as bar:
-        for start in range(0, len(request), batch):
-            path = place / f"images-{start:06d}.npz"
-            if not path.is_file():
-                rows = slice(start, start + batch)
-                latents = sample(
+    batches = generate_latents(pipeline, files, adapter, request, folder, batch=batch, label=label, few_steps=few_steps)
+    for number, latents in enumerate(batches):
+        path = place / f"images-{number * batch:06d}.npz"
+        if not path.is_file():
+            drawn = latents()
+            images = _to_uint8(decode(pipeline, spectrum(drawn) if spectrum else drawn))
+            _write(path, partial(np.savez_compressed, images=images))
+        with np.load(path) as stored:
+            parts.append(stored["images"])
+    return np.concatenate(parts)
+
+
+def generate_latents(
+    pipeline: StableDiffusionPipeline,
+    files: Mapping[str, FileRecord],
+    adapter: str | None,
+    request: Request,
+    folder: Path,
+    *,
+    batch: int,
+    label: str = "latents",
+    few_steps: FewSteps | None = None,
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """For each batch of a request a function that gives its latents (B, C, h, w), float32, before any spectrum: those
+    found in `folder` are read, others drawn. Arguments as for `generate`."""
+    identity = _identity(pipeline, request, adapter, batch, few_steps)
+    also = few_steps.adapter if few_steps else None
+    identity["drawn_by"] = _digest(files, (*DRAWN_BY, *_adapter_parts((adapter, also))))
+    place = _place(folder / "latents", identity)
+
+    def latents(start: int) -> torch.Tensor:
+        path = place / f"latents-{start:06d}.npy"
+        if not path.is_file():
+            rows = slice(start, start + batch)
+            with using_adapter(pipeline.unet, adapter):
+                drawn = sample(
                     pipeline,
                     request.prompts[rows],
                     request.seeds[rows],
@@ -123,11 +172,31 @@ def generate(
                     guidance_scale=request.guidance_scale,
                     few_steps=few_steps,
                 )
-                _write(path, _to_uint8(decode(pipeline, latents)))
-            with np.load(path) as stored:
-                parts.append(stored["images"])
-            bar.update(len(parts[-1]))
-    return np.concatenate(parts)
+            _write(path, partial(np.save, arr=drawn.cpu().numpy()))
+        return torch.from_numpy(np.load(path)).to(pipeline.device)
+
+    with tqdm(total=len(request), unit="image", desc=label) as bar:
+        for start in range(0, len(request), batch):
+            yield partial(latents, start)
+            bar.update(min(batch, len(request) - start))
+
+
+def _identity(
+    pipeline: StableDiffusionPipeline, request: Request, adapter: str | None, batch: int, few_steps: FewSteps | None
+) -> dict[str, Any]:
+    """What latents depend on beside weights."""
+    identity = {"adapter": adapter, "batch": batch, **asdict(request, dict_factory=_said)}
+    identity["dtype"] = str(next(pipeline.unet.parameters()).dtype)
+    if few_steps:
+        identity["few_steps"] = asdict(few_steps, dict_factory=_said)
+    return identity
+
+
+def _place(folder: Path, identity: Mapping[str, Any]) -> Path:
+    place = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "request.json").write_text(json.dumps(identity, indent=1))
+    return place
 
 
 def _said(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,9 +209,9 @@ def _to_uint8(images: torch.Tensor) -> np.ndarray:
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _write(path: Path, images: np.ndarray) -> None:
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     # Renamed when whole: a batch that a stop cut short must not be read as one.
     writing = path.with_name(f".writing-{path.name}")
     with writing.open("wb") as stream:
-        np.savez_compressed(stream, images=images)
+        write(stream)
     os.replace(writing, path)

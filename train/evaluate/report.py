@@ -16,6 +16,8 @@ from typing import Any
 import tyro
 
 from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
+from medviz.limits import DEFAULT_GUIDANCE_SCALE
 from medviz.models.card import CARD_NAME, folder_card
 from medviz.models.manifest import MANIFEST_NAME, read_manifest
 from medviz.results import TABLES_NAME
@@ -321,12 +323,17 @@ def _manifests(models: Path) -> list[Path]:
 
 
 def _card(folder: Path, reports: Sequence[Mapping[str, Any]]) -> str:
-    """The card of a model folder with the tables of its evaluations, of these very files and no others."""
-    mine = read_manifest(folder).sha256
+    """The card of a model folder with the tables of its evaluations: of these very files, drawn as the folder draws."""
+    from train.evaluate.generated import told  # heavy
+
+    manifest = read_manifest(folder)
+    guidance = Guidance.of_recipe(manifest.recipe, manifest.domain, DEFAULT_GUIDANCE_SCALE)
     measured = [
         section(report)
         for report in reports
-        if report.get("kind") == "evaluation" and report.get("models", {}).get("sha256") == mine
+        if report.get("kind") == "evaluation"
+        and report.get("models", {}).get("sha256") == manifest.sha256
+        and (how := report["settings"]).get("guidance_scale") == told(manifest, how.get("steps", 0), guidance)
     ]
     return folder_card(folder, "\n\n".join(measured) or None)
 

@@ -27,7 +27,7 @@ from medviz.audit.memorisation import held_out_threshold, nearest_similarity
 from medviz.domains import Domain, ParsedPrompt, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
-from medviz.generation.plan import FewSteps
+from medviz.generation.spectrum import Spectra
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.library import LoadedDomain, ModelLibrary
 from medviz.models.manifest import FileRecord, read_manifest
@@ -39,7 +39,16 @@ from train.datasets.split import open_split
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
 from train.evaluate.features import FeatureSpace, independent_space, judge_space
 from train.evaluate.figures import Figure
-from train.evaluate.generated import Request, caption_request, eyes_digest, generate, grid_request, weights_digest
+from train.evaluate.generated import (
+    Request,
+    caption_request,
+    eyes_digest,
+    few_steps_of,
+    generate,
+    grid_request,
+    told,
+    weights_digest,
+)
 from train.evaluate.history import record
 from train.evaluate.measure import (
     BASELINE,
@@ -191,7 +200,7 @@ def _draw(
     config: EvaluateConfig, loaded: LoadedDomain, adapters: tuple[str, ...], request: Request, kind: str
 ) -> dict[str, np.ndarray]:
     """The request's pictures by every variant, uint8 (N, H, W, 3), drawn as the app draws them."""
-    few_steps = _few_steps(loaded, request)
+    few_steps = few_steps_of(loaded.manifest, request.steps, request.guidance_scale)
     return {
         adapter or BASELINE: generate(
             loaded.pipeline,
@@ -202,22 +211,10 @@ def _draw(
             batch=config.batch,
             label=f"{kind}, {adapter or BASELINE}",
             few_steps=few_steps,
+            spectrum=Spectra.of_manifest(loaded.manifest).of(few_steps),
         )
         for adapter in (None, *adapters)
     }
-
-
-def _few_steps(loaded: LoadedDomain, request: Request) -> FewSteps | None:
-    guidance = request.guidance_scale
-    scale = guidance.scale if isinstance(guidance, Guidance) else guidance
-    return FewSteps.of(loaded.manifest, request.steps, scale)
-
-
-def _told(loaded: LoadedDomain, request: Request) -> str:
-    """How a request is guided, in words."""
-    few_steps = _few_steps(loaded, request)
-    joined = "," if few_steps and few_steps.lead else ""
-    return f"{request.guidance_scale}{joined} folded into {few_steps}" if few_steps else str(request.guidance_scale)
 
 
 def _files(loaded: LoadedDomain) -> dict[str, FileRecord]:
@@ -313,7 +310,8 @@ def _write_sheets(
             rows[BASELINE],
             rows[adapter],
             title=f"{domain.label}: synthetic images, no patient. Each column pair starts from one noise; "
-            f"{config.steps} steps, guidance {_told(loaded, request)}. Prompts and seeds are not selected.",
+            f"{config.steps} steps, guidance {told(loaded.manifest, config.steps, guidance)}. "
+            "Prompts and seeds are not selected.",
             columns=[f"seed {seed}" for seed in range(seeds)],
             names=("baseline", f"aligned: {adapter}"),
         )
@@ -346,7 +344,7 @@ def _report(
         "settings": {
             "split": config.split,
             "steps": config.steps,
-            "guidance_scale": _told(loaded, grid),
+            "guidance_scale": told(loaded.manifest, grid.steps, grid.guidance_scale),
             "precision": str(loaded.dtype).removeprefix("torch."),
             "seed": config.seed,
             "grid": f"{len(grid) // config.seeds_per_prompt} prompts x {config.seeds_per_prompt} seeds",

@@ -1,0 +1,247 @@
+"""`python -m train spectrum RECIPE`: the gains that bring what a model folder draws to real images' power spectrum.
+
+The folder's pictures of training images' captions, by its default adapter, are held against the latents of those very
+images: the gain of a latent channel and band of frequencies is what makes the geometric mean of the band's power over
+pictures that over images, so that a few pictures full of hair do not decide for all (see `medviz.generation.spectrum`).
+What the few-step adapter draws alone is brought to what ships in many steps, of the same captions and noises: to real
+images where that is, else to pictures as they were drawn. Neither reward nor judge has a part in it. Then pictures of
+validation captions are measured with the gains and without.
+"""
+
+import importlib.metadata
+import json
+import random
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medviz import __version__
+from medviz.domains import Domain, get_domain
+from medviz.errors import InputError
+from medviz.generation.guidance import Guidance
+from medviz.generation.plan import FewSteps
+from medviz.generation.sampling import encode_image
+from medviz.generation.spectrum import BOUNDS, Spectrum, radius
+from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from medviz.models.library import LoadedDomain, ModelLibrary
+from train import seeding
+from train.assemble import assemble, read_parts
+from train.config import StageConfig, parse
+from train.datasets.latents import to_pixels
+from train.datasets.split import Split, open_split
+from train.evaluate.choose import ValidationLook
+from train.evaluate.generated import Request, caption_request, generate, generate_latents
+from train.evaluate.real import RealImages, real_images
+from train.evaluate.report import FORMAT_VERSION
+
+STAGE, SPECTRA_NAME = "spectrum", "spectra.json"
+BANDS = 7
+"""Of frequencies, as wide as one another on a logarithmic scale; those in which a small grid has none fall away."""
+VERSIONED = ("torch", "diffusers", "numpy")
+
+
+@dataclass
+class SpectrumConfig(StageConfig):
+    """Options of the spectrum stage."""
+
+    steps: int = DEFAULT_STEPS
+    """Denoising steps of the pictures in many steps."""
+    assembly: str = ""
+    """Assembly recipe of the model folder; its own spectrum, if it names one, is left out."""
+    to_real: bool = True
+    """Bring pictures in many steps to real images; else they stay as they were drawn."""
+    pictures: int = 128
+    """Training images, whose captions are drawn once each in either number of steps."""
+    captions: int = 192
+    """Validation images whose captions are drawn to measure (at most half of the split)."""
+    batch: int = 16
+    """Pictures drawn at a time."""
+    bf16: bool = False
+    """Draw in bf16: faster, where the processor has instructions for it."""
+    report: str = ""
+    """JSON file to write beside the one in `out`; empty: none."""
+
+
+def band_edges(side: int) -> np.ndarray:
+    """Edges (BANDS + 1,) of the bands of a latent grid of side x side cells, in cycles a cell, all but the mean."""
+    return np.geomspace(0.9 / side, 0.5 * np.sqrt(2.0) + 1e-6, BANDS + 1)
+
+
+def band_power(latents: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    """Mean power of latents (N, C, s, s) in each band, (N, C, K) float64, and the K bands' mean frequencies."""
+    frequency = radius(*latents.shape[-2:])
+    power = torch.fft.rfft2(latents.double().cpu(), norm="ortho").abs().square()
+    edges = band_edges(latents.shape[-1])
+    bands = [(low <= frequency) & (frequency < high) for low, high in pairwise(edges)]
+    bands = [band for band in bands if bool(band.any())]
+    frequencies = np.array([frequency[band].mean().item() for band in bands])
+    return frequencies, torch.stack([power[..., band].mean(dim=-1) for band in bands], dim=-1)
+
+
+def spectrum_of(drawn: torch.Tensor, real: torch.Tensor) -> Spectrum:
+    """The gains that give `drawn` (N, C, s, s) the geometric mean power of `real`, of one shape and the same captions;
+    none beyond BOUNDS."""
+    frequencies, power = band_power(drawn)
+    wanted = band_power(real)[1]
+    gains = ((wanted.log() - power.log()).mean(dim=0) / 2).exp().clamp(*BOUNDS)
+    return Spectrum(tuple(frequencies.tolist()), tuple(tuple(row) for row in gains.tolist()))
+
+
+def run(config: SpectrumConfig, command: str = "") -> dict[str, Any]:
+    """Measure and write the gains; returns the report that was written. Raises InputError without an assembly recipe or
+    for a number out of range."""
+    for name in ("pictures", "captions"):
+        if getattr(config, name) < 2:
+            raise InputError(f"{name} must be at least 2, found {getattr(config, name)}")
+    if not config.assembly:
+        raise InputError("name the assembly recipe of the model folder whose spectrum is to be measured")
+    parts = read_parts(config.assembly)
+    with tempfile.TemporaryDirectory() as aside:
+        runs = {stage: run for stage, run in parts.runs.items() if stage != STAGE}
+        assemble(replace(parts, spectrum="", runs=runs), Path(aside) / parts.domain)
+        dtype = torch.bfloat16 if config.bf16 else None
+        loaded = ModelLibrary(Path(aside), config.device, dtype).load(parts.domain)
+        return _measured(config, command, loaded)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of drawing: its name among the spectra, steps, how the few-step adapter has part in it, in words."""
+
+    name: str
+    steps: int
+    few_steps: FewSteps | None
+    label: str
+
+
+def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dict[str, Any]:
+    domain, manifest, out = get_domain(loaded.name), loaded.manifest, Path(config.out)
+    size_px = int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
+    guidance = Guidance.of_recipe(manifest.recipe, domain.name, DEFAULT_GUIDANCE_SCALE)
+    ways = [
+        _Way(name, steps, FewSteps.of(manifest, steps, guidance.scale), f"{steps} steps")
+        for name, steps in (("steps", config.steps), ("few_steps", manifest.few_steps))
+        if steps
+    ]
+    captions, pixels = _training_captions(config, open_split(domain.name, "train"), domain, size_px)
+    wanted, found = None, dict[str, Spectrum]()
+    if config.to_real:
+        parts = pixels.split(config.batch)
+        wanted = torch.cat([encode_image(loaded.pipeline, part.to(loaded.device)) for part in parts])
+    for way in ways:
+        request = caption_request(captions, config.seed, way.steps, guidance)
+        drawn = torch.cat([latents() for latents in _draw(config, loaded, way, request)])
+        if wanted is None:
+            wanted = drawn
+        else:
+            found[way.name] = spectrum_of(drawn, wanted)
+    validation = real_images(open_split(domain.name, "validation"), domain, config.captions, size_px, config.seed)
+    figures, arms = _look(config, loaded, ways, found, guidance, validation)
+    report = {
+        "format_version": FORMAT_VERSION,
+        "kind": STAGE,
+        "title": f"{domain.label}: pictures whose power spectrum is matched, and as they were drawn",
+        "domain": domain.name,
+        "command": command,
+        "default_adapter": None,
+        "rows": "arms",
+        "arms": arms,
+        "intervals": "brackets hold 95 % intervals over captions, Δ is the change against the first row, caption by "
+        "caption; all rows are of the default adapter",
+        "settings": {
+            "split": "validation",
+            "captions": len(validation.captions),
+            "real_references": len(validation.reference),
+            "training_images": len(captions),
+            "matched_to": "real images" if config.to_real else f"pictures in {config.steps} steps",
+            "seed": config.seed,
+            "guidance_scale": str(guidance),
+        },
+        "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
+        "figures": figures,
+    }
+    metrics: dict[str, Any] = {"seed": config.seed, "to_real": config.to_real, "pictures": len(captions)}
+    for name, spectrum in found.items():
+        gains = np.array(spectrum.gains)
+        metrics |= {f"{name}_lowest_gain": float(gains.min()), f"{name}_highest_gain": float(gains.max())}
+    for path, each in (
+        (out / SPECTRA_NAME, {name: spectrum.as_json() for name, spectrum in found.items()}),
+        (out / "metrics.json", metrics),
+        (out / "report.json", report),
+        *([(Path(config.report), report)] if config.report else []),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(each, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return report
+
+
+def _training_captions(
+    config: SpectrumConfig, split: Split, domain: Domain, size_px: int
+) -> tuple[list[str], torch.Tensor]:
+    """A caption of each of `pictures` training images, and their pixels (N, 3, H, W) in [-1, 1]."""
+    rng = seeding.numpy_generator(config.seed, STAGE, "images")
+    rows = rng.choice(len(split.records), min(config.pictures, len(split.records)), replace=False).tolist()
+    words = [random.Random(seeding.key(config.seed, STAGE, "caption", i)) for i in range(len(rows))]
+    captions = [domain.caption(split.records[row], each) for row, each in zip(rows, words, strict=True)]
+    return captions, to_pixels(split.images(size_px, rows))
+
+
+def _draw(
+    config: SpectrumConfig, loaded: LoadedDomain, way: _Way, request: Request
+) -> Iterator[Callable[[], torch.Tensor]]:
+    return generate_latents(
+        loaded.pipeline,
+        loaded.manifest.files,
+        loaded.default_adapter,
+        request,
+        Path(config.out) / "pictures",
+        batch=config.batch,
+        label=f"training captions, {way.label}",
+        few_steps=way.few_steps,
+    )
+
+
+def _look(
+    config: SpectrumConfig,
+    loaded: LoadedDomain,
+    ways: Sequence[_Way],
+    spectra: Mapping[str, Spectrum],
+    guidance: Guidance,
+    real: RealImages,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Figures of validation captions' pictures, each way's with its gains and without, and the arms they compare."""
+    judge, features = loaded.folder / "judge", loaded.folder
+    look = ValidationLook(str(judge), str(features), config.device, real, get_domain(loaded.name))
+    seen, arms = {}, []
+    for way in ways:
+        request = caption_request(real.captions, config.seed, way.steps, guidance)
+        matched = [("matched", ", matched", spectra[way.name])] if way.name in spectra else []
+        for ending, words, spectrum in (*matched, ("as_drawn", ", as drawn", None)):
+            images = generate(
+                loaded.pipeline,
+                loaded.manifest.files,
+                loaded.default_adapter,
+                request,
+                Path(config.out) / "pictures",
+                batch=config.batch,
+                label=f"validation captions, {way.label}{words}",
+                few_steps=way.few_steps,
+                spectrum=spectrum,
+            )
+            name = f"{way.name}_{ending}"
+            seen[name] = look.seen(images)
+            arms.append({"name": name, "label": way.label + words})
+    photographs = look.seen(real.prompted)
+    return [figure.as_json() for figure in look.figures(seen, photographs, "Drawn in")], arms
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m train spectrum RECIPE [overrides]`."""
+    run(parse(arguments, SpectrumConfig), f"python -m train spectrum {shlex.join(arguments)}")
