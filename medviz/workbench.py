@@ -134,7 +134,7 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
 
     return Pair(
         **vars(request),
-        models=model_identity(models.loaded.manifest, request.adapter, few_steps.adapter if few_steps else None),
+        models=model_identity(models.loaded.manifest, request.adapter, few_steps),
         words=words,
         baseline=Drawing(images[0], anatomies[0].regions),
         aligned=Drawing(images[1], anatomies[1].regions),
@@ -337,14 +337,14 @@ def brightest_box(heat_map: HeatMap, threshold: float) -> tuple[int, int, int, i
     return x, y, x + width, y + height
 
 
-def model_identity(manifest: Manifest, *adapters: str | None) -> dict[str, Any]:
+def model_identity(manifest: Manifest, adapter: str | None, few_steps: FewSteps | None = None) -> dict[str, Any]:
     """Name what drew and judged: the preset, the sha256 of each part's weights (of their list when sharded), and where
-    guidance holds, without which the same weights and scale draw other pictures."""
+    guidance holds and what spectrum latents went through, without which the same weights draw other pictures."""
     files = {**(manifest.hub.files if manifest.hub is not None else {}), **manifest.files}
+    drawn_with = [f"adapters/{each}" for each in (adapter, few_steps.adapter if few_steps else None)]
     parts: dict[str, list[str]] = {}
     for name, record in sorted(files.items()):
         part = name.rpartition("/")[0]
-        drawn_with = [f"adapters/{adapter}" for adapter in adapters]
         if name.endswith(".safetensors") and (not part.startswith("adapters/") or part in drawn_with):
             parts.setdefault(part, []).append(record.sha256)
     hashes = {
@@ -352,7 +352,8 @@ def model_identity(manifest: Manifest, *adapters: str | None) -> dict[str, Any]:
         for part, found in parts.items()
     }
     guidance = {name: manifest.recipe[name] for name in RECIPE_OPTIONS if name in manifest.recipe}
-    return {"preset": manifest.preset, **guidance, **hashes}
+    spectrum = Spectra.of_manifest(manifest).of(few_steps)
+    return {"preset": manifest.preset, **guidance, **({"spectrum": str(spectrum)} if spectrum else {}), **hashes}
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,8 @@
 
 The folder's pictures of training images' captions, by its default adapter, are held against the latents of those very
 images: the gain of a latent channel and band of frequencies is what makes the geometric mean of the band's power over
-pictures that over images, so that a few pictures full of hair do not decide for all (see `medviz.generation.spectrum`).
+pictures that over images, so that a few pictures full of hair do not decide for all, and the offset of a channel gives
+its mean (see `medviz.generation.spectrum`).
 What the few-step adapter draws alone is brought to what ships in many steps, of the same captions and noises: to real
 images where that is, else to pictures as they were drawn. Neither reward nor judge has a part in it. Then pictures of
 validation captions are measured with the gains and without.
@@ -86,12 +87,14 @@ def band_power(latents: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
 
 
 def spectrum_of(drawn: torch.Tensor, real: torch.Tensor) -> Spectrum:
-    """The gains that give `drawn` (N, C, s, s) the geometric mean power of `real`, of one shape and the same captions;
-    none beyond BOUNDS."""
+    """The gains, none beyond BOUNDS, that give `drawn` (N, C, s, s) the geometric mean power of `real`, of one shape
+    and the same captions, and the offsets that give it the mean."""
     frequencies, power = band_power(drawn)
     wanted = band_power(real)[1]
     gains = ((wanted.log() - power.log()).mean(dim=0) / 2).exp().clamp(*BOUNDS)
-    return Spectrum(tuple(frequencies.tolist()), tuple(tuple(row) for row in gains.tolist()))
+    offsets = (real - drawn).double().mean(dim=(0, 2, 3))
+    rows = tuple(tuple(row) for row in gains.tolist())
+    return Spectrum(tuple(frequencies.tolist()), rows, tuple(offsets.tolist()))
 
 
 def run(config: SpectrumConfig, command: str = "") -> dict[str, Any]:

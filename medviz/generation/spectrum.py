@@ -2,8 +2,8 @@
 
 Guidance and alignment draw contrasts of some sizes stronger than real images have them; what learnt by squared errors
 draws fine structure fainter, the mean of what might be there. What of that is alike in all pictures of a generator is
-undone by a gain for each latent channel and spatial frequency, measured once on training images and what is drawn of
-their captions (`train.spectrum`). The mean of a picture, its average colour, stays as it is.
+undone by a gain for each latent channel and spatial frequency, and what all pictures have too much of in their average
+colour by an offset, measured once on training images and what is drawn of their captions (`train.spectrum`).
 
 Rescaling what guidance overdrives is known with one factor a picture, the standard deviation's (Lin et al. 2023,
 arXiv 2305.08891, section 3.4); here it is one a frequency, and learnt from real images.
@@ -33,13 +33,14 @@ BOUNDS = (0.25, 4.0)
 @dataclass(frozen=True)
 class Spectrum:
     """Gains (C, K) of amplitude at K spatial frequencies, rising, in cycles a latent cell; linear between two of them,
-    constant beyond the first and last, and 1 at frequency 0.
+    constant beyond the first and last. At frequency 0 it is 1, and offsets (C,) are added.
 
-    Raises ModelError for frequencies or gains that are none.
+    Raises ModelError for frequencies, gains or offsets that are none.
     """
 
     frequencies: tuple[float, ...]
     gains: tuple[tuple[float, ...], ...]
+    offsets: tuple[float, ...]
 
     def __post_init__(self) -> None:
         rising = all(low < high for low, high in zip(self.frequencies, self.frequencies[1:], strict=False))
@@ -50,34 +51,40 @@ class Spectrum:
         low, high = BOUNDS
         if not all(math.isfinite(gain) and low <= gain <= high for row in self.gains for gain in row):
             raise ModelError(f"a spectrum's gains must be from {low} to {high}, found {self.gains}")
+        if len(self.offsets) != len(self.gains) or not all(map(math.isfinite, self.offsets)):
+            raise ModelError(f"a spectrum needs {len(self.gains)} finite offsets, found {self.offsets}")
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> Spectrum:
         """What `as_json` gave. Raises ModelError for anything else."""
         try:
             frequencies = tuple(float(each) for each in content["frequencies"])
-            return cls(frequencies, tuple(tuple(float(gain) for gain in row) for row in content["gains"]))
+            gains = tuple(tuple(float(gain) for gain in row) for row in content["gains"])
+            return cls(frequencies, gains, tuple(float(each) for each in content["offsets"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"this is no spectrum: {error!r}") from error
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        return {"frequencies": list(self.frequencies), "gains": [list(row) for row in self.gains]}
+        gains = [list(row) for row in self.gains]
+        return {"frequencies": list(self.frequencies), "gains": gains, "offsets": list(self.offsets)}
 
     def __str__(self) -> str:
         """Its name: the same for the same gains, to a millionth."""
-        said = json.dumps([[round(value, 6) for value in row] for row in (self.frequencies, *self.gains)])
-        return f"spectrum {hashlib.sha256(said.encode()).hexdigest()[:8]}"
+        rows = (self.frequencies, *self.gains, self.offsets)
+        said = json.dumps([[round(value, 6) for value in row] for row in rows])
+        return f"{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) with the gains applied, float32. Raises ModelError for other channels."""
+        """Latents (B, C, h, w) with gains and offsets applied, float32. Raises ModelError for other channels."""
         import torch
 
         if latents.shape[1] != len(self.gains):
             raise ModelError(f"a spectrum of {len(self.gains)} channels does not fit latents {tuple(latents.shape)}")
         shape, device = latents.shape[-2:], latents.device
         transfer = torch.stack([self._at(radius(*shape, device=device), row) for row in self.gains])
-        return torch.fft.irfft2(torch.fft.rfft2(latents.float()) * transfer, s=shape)
+        offsets = torch.tensor(self.offsets, device=device).view(1, -1, 1, 1)
+        return torch.fft.irfft2(torch.fft.rfft2(latents.float()) * transfer, s=shape) + offsets
 
     def _at(self, frequency: torch.Tensor, row: tuple[float, ...]) -> torch.Tensor:
         """One channel's gain at each of `frequency` (h, w // 2 + 1)."""

@@ -226,7 +226,7 @@ def test_pictures_are_drawn_once_and_found_again(
     decoded = generate(loaded.pipeline, loaded.manifest.files, None, request, tmp_path, **options)
     np.testing.assert_array_equal(decoded, first)
     assert drawn == [1]
-    flat = Spectrum((0.1,), ((0.25,),) * tiny.LATENT_CHANNELS)
+    flat = Spectrum((0.1,), ((0.25,),) * tiny.LATENT_CHANNELS, (0.0,) * tiny.LATENT_CHANNELS)
     through = generate(loaded.pipeline, loaded.manifest.files, None, request, tmp_path, spectrum=flat, **options)
     assert not np.array_equal(through, first)
     assert drawn == [1]

@@ -11,7 +11,10 @@ import yaml
 
 from medviz.errors import InputError
 from medviz.generation.spectrum import Spectra
+from medviz.models.library import ModelLibrary
 from medviz.models.manifest import read_manifest
+from medviz.results import Request
+from medviz.workbench import compare, load_models
 from tests import tiny
 from tests.train.test_evaluate_stage import write_split
 from train.assemble import Parts, assemble
@@ -101,6 +104,15 @@ def test_measured_assembled_and_drawn_through(config: SpectrumConfig, parts: Par
         batch=4,
         per_class=0,
     )
+    models = load_models(ModelLibrary(tmp_path / "models", "cpu"), "dermatology")
+    for steps, spectrum in ((3, spectra.few_steps), (5, spectra.steps)):
+        request = Request("dermatology", "a dermoscopic image with nevus", 1, steps, 2.0, tiny.ADAPTER)
+        pair = compare(models, request, None, lambda: None)
+        plain = compare(replace(models, spectra=Spectra()), request, None, lambda: None)
+        assert pair.models["spectrum"] == str(spectrum)
+        for side in ("baseline", "aligned"):
+            drawn, undone = (np.asarray(getattr(each, side).image) for each in (pair, plain))
+            assert not np.array_equal(drawn, undone)
     found = next(f for f in evaluate(evaluated)["figures"] if f["name"] == "kernel_distance_judge")
     aligned = found["adapters"][tiny.ADAPTER]["value"]
     np.testing.assert_allclose(aligned["value"], judged["baseline"]["value"], atol=1e-6)

@@ -15,7 +15,7 @@ from medviz.models.manifest import Manifest
 from tests.tiny import LATENT_CHANNELS, make_pipeline
 from train.spectrum import band_power, spectrum_of
 
-FLAT = Spectrum((0.1, 0.5), ((1.0, 1.0), (1.0, 1.0)))
+FLAT = Spectrum((0.1, 0.5), ((1.0, 1.0), (1.0, 1.0)), (0.0, 0.0))
 
 
 def wave(cycles: int, side: int = 16) -> torch.Tensor:
@@ -25,17 +25,18 @@ def wave(cycles: int, side: int = 16) -> torch.Tensor:
 
 
 def test_a_wave_is_multiplied_by_the_gain_at_its_frequency_in_its_channel() -> None:
-    spectrum = Spectrum((0.125, 0.25), ((0.5, 1.5), (2.0, 2.0)))
+    spectrum = Spectrum((0.125, 0.25), ((0.5, 1.5), (2.0, 2.0)), (0.0, 0.0))
     for cycles, first in ((1, 0.5), (2, 0.5), (3, 1.0), (4, 1.5), (7, 1.5)):
         changed = spectrum(wave(cycles))
         torch.testing.assert_close(changed[:, 0], first * wave(cycles)[:, 0], atol=1e-5, rtol=0)
         torch.testing.assert_close(changed[:, 1], 2.0 * wave(cycles)[:, 1], atol=1e-5, rtol=0)
 
 
-def test_the_mean_stays_and_gains_of_one_change_nothing() -> None:
+def test_the_mean_moves_by_the_offset_and_gains_of_one_change_nothing() -> None:
     latents = torch.randn(3, 2, 12, 20, generator=torch.Generator().manual_seed(0)) + 4.0
-    strong = Spectrum((0.2,), ((3.0,), (0.3,)))
-    torch.testing.assert_close(strong(latents).mean((2, 3)), latents.mean((2, 3)), atol=1e-5, rtol=0)
+    strong = Spectrum((0.2,), ((3.0,), (0.3,)), (-1.5, 0.25))
+    moved = latents.mean((2, 3)) + torch.tensor([-1.5, 0.25])
+    torch.testing.assert_close(strong(latents).mean((2, 3)), moved, atol=1e-5, rtol=0)
     torch.testing.assert_close(FLAT(latents), latents, atol=1e-5, rtol=0)
     assert not torch.allclose(strong(latents), latents, atol=0.1)
 
@@ -52,11 +53,12 @@ def test_what_was_measured_gives_the_power_of_what_it_was_measured_against() -> 
     """Gains are the square root of the ratio of geometric means over pictures, not of one strong picture's."""
     generator = torch.Generator().manual_seed(1)
     real = torch.randn(64, 2, 32, 32, generator=generator)
-    drawn = Spectrum((0.05, 0.6), ((1.2, 0.8), (0.7, 0.7)))(torch.randn(64, 2, 32, 32, generator=generator))
+    drawn = Spectrum((0.05, 0.6), ((1.2, 0.8), (0.7, 0.7)), (0.5, 0.0))(torch.randn(64, 2, 32, 32, generator=generator))
     drawn[0] *= 50.0
     found = spectrum_of(drawn, real)
     power, wanted = (band_power(each)[1].log().mean(0) for each in (found(drawn), real))
     assert (power - wanted).abs().max() < 0.1
+    torch.testing.assert_close(found(drawn).mean((0, 2, 3)), real.mean((0, 2, 3)), atol=1e-4, rtol=0)
     assert np.array(found.gains)[0, 0] < 1.0 < np.array(found.gains)[0, -1]
     np.testing.assert_allclose(np.array(found.gains)[1], 1 / 0.7 / 50 ** (1 / 64), rtol=0.1)
 
@@ -81,13 +83,14 @@ def test_every_grid_has_bands_and_every_coefficient_but_the_mean_lies_in_one(sid
         ((0.1,), (), "a gain for each of 1 frequencies"),
         ((0.1,), ((float("nan"),),), "gains must be from 0.25 to 4"),
         ((0.1,), ((9.0,),), "gains must be from 0.25 to 4"),
+        ((0.1,), ((1.0,), (1.0,)), "needs 2 finite offsets"),
     ],
 )
 def test_what_is_no_spectrum_is_refused(
     frequencies: tuple[float, ...], gains: tuple[tuple[float, ...], ...], said: str
 ) -> None:
     with pytest.raises(ModelError, match=said):
-        Spectrum(frequencies, gains)
+        Spectrum(frequencies, gains, (0.0,))
 
 
 def test_latents_of_other_channels_are_refused() -> None:
@@ -96,7 +99,7 @@ def test_latents_of_other_channels_are_refused() -> None:
 
 
 def test_a_folder_has_one_for_many_steps_and_one_for_few() -> None:
-    other = Spectrum((0.1,), ((1.5,), (0.5,)))
+    other = Spectrum((0.1,), ((1.5,), (0.5,)), (0.0, 1.0))
     stored = json.loads(json.dumps({"steps": FLAT.as_json(), "few_steps": other.as_json()}))
     spectra = Spectra.of_manifest(Manifest("dermatology", spectra=stored))
     assert spectra == Spectra(FLAT, other)
@@ -123,7 +126,8 @@ def test_a_manifest_with_anything_else_is_refused(damaged: dict[str, Any], said:
 
 def test_a_drawing_goes_through_it_at_its_end_and_nowhere_before() -> None:
     pipeline = make_pipeline("dermatology", loras=("aligned",))
-    spectrum = Spectrum((0.2, 0.6), tuple((0.5 + 0.1 * channel, 1.3) for channel in range(LATENT_CHANNELS)))
+    gains = tuple((0.5 + 0.1 * channel, 1.3) for channel in range(LATENT_CHANNELS))
+    spectrum = Spectrum((0.2, 0.6), gains, (0.1,) * LATENT_CHANNELS)
     prompts, trails = ["a dermoscopic image with nevus"], ([], [])
     settings = {"steps": 3, "guidance_scale": 2.0, "adapters": (None, "aligned")}
     plain = sample(pipeline, prompts, [1], **settings, trail=trails[0])

@@ -74,7 +74,7 @@ def told(manifest: Manifest, steps: int, guidance: float | Guidance) -> str:
     joined = "," if few_steps and few_steps.lead else ""
     folded = f"{joined} folded into {few_steps}" if few_steps else ""
     spectrum = Spectra.of_manifest(manifest).of(few_steps)
-    return f"{guidance}{folded}{f', {spectrum}' if spectrum else ''}"
+    return f"{guidance}{folded}{f', spectrum {spectrum}' if spectrum else ''}"
 
 
 def file_records(folder: Path, prefix: str = "") -> dict[str, FileRecord]:
