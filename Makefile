@@ -103,9 +103,10 @@ SHIPPED_DECODER = $(or $(FINISH_$(1)_$(PRESET)),$(DECODER))
 SETTLE_dermatology_gpu := settle-dermatology-gpu
 ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
 
-# The last of what a model folder is made of, and the gains by frequency that are measured on the folder without them.
+# The last of what a model folder is made of, and, where they ship, the gains by frequency that are measured on it without them.
 PARTS = $(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET)
-SPECTRUM = $(if $(filter gpu,$(PRESET)),spectrum-$(1)-$(PRESET))
+SPECTRUM_radiology_gpu := spectrum-radiology-gpu
+SPECTRUM = $(SPECTRUM_$(1)_$(PRESET))
 
 # Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
 define domain

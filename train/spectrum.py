@@ -98,14 +98,18 @@ def spectrum_of(drawn: torch.Tensor, real: torch.Tensor) -> Spectrum:
 
 
 def run(config: SpectrumConfig, command: str = "") -> dict[str, Any]:
-    """Measure and write the gains; returns the report that was written. Raises InputError without an assembly recipe or
-    for a number out of range."""
+    """Measure and write the gains; returns the report that was written. Raises InputError without an assembly recipe,
+    for a number out of range, and where there is nothing to measure."""
     for name in ("pictures", "captions"):
         if getattr(config, name) < 2:
             raise InputError(f"{name} must be at least 2, found {getattr(config, name)}")
     if not config.assembly:
         raise InputError("name the assembly recipe of the model folder whose spectrum is to be measured")
     parts = read_parts(config.assembly)
+    if not (config.to_real or parts.few_step_adapter):
+        raise InputError(
+            f"{config.assembly} has no few-step adapter, whose pictures could be brought to others (to_real)"
+        )
     with tempfile.TemporaryDirectory() as aside:
         runs = {stage: run for stage, run in parts.runs.items() if stage != STAGE}
         assemble(replace(parts, spectrum="", runs=runs), Path(aside) / parts.domain)

@@ -149,3 +149,7 @@ def test_what_cannot_be_measured_is_refused(config: SpectrumConfig) -> None:
         run(replace(config, assembly=""))
     with pytest.raises(InputError, match="name a recipe"):
         main([])
+    recipe = Path(config.assembly)
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "few_step_adapter": None}))
+    with pytest.raises(InputError, match="has no few-step adapter"):
+        run(replace(config, to_real=False))
