@@ -3,7 +3,8 @@
 Guidance and alignment draw contrasts of some sizes stronger than real images have them; what learnt by squared errors
 draws fine structure fainter, the mean of what might be there. What of that is alike in all pictures of a generator is
 undone by a gain for each latent channel and spatial frequency, and what all pictures have too much of in their average
-colour by an offset, measured once on training images and what is drawn of their captions (`train.spectrum`).
+colour by an offset, measured once on training images and what is drawn of their captions (`train.spectrum`). So may
+what is drawn in few steps be brought to what is drawn in many.
 
 Rescaling what guidance overdrives is known with one factor a picture, the standard deviation's (Lin et al. 2023,
 arXiv 2305.08891, section 3.4); here it is one a frequency, and learnt from real images.
@@ -16,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from medviz.errors import ModelError
@@ -43,7 +45,7 @@ class Spectrum:
     offsets: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        rising = all(low < high for low, high in zip(self.frequencies, self.frequencies[1:], strict=False))
+        rising = all(low < high for low, high in pairwise(self.frequencies))
         if not self.frequencies or not rising or not self.frequencies[0] > 0:
             raise ModelError(f"a spectrum's frequencies must rise from above 0, found {self.frequencies}")
         if not self.gains or any(len(row) != len(self.frequencies) for row in self.gains):
@@ -73,7 +75,7 @@ class Spectrum:
         """Its name: the same for the same gains, to a millionth."""
         rows = (self.frequencies, *self.gains, self.offsets)
         said = json.dumps([[round(value, 6) for value in row] for row in rows])
-        return f"{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+        return hashlib.sha256(said.encode()).hexdigest()[:8]
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) with gains and offsets applied, float32. Raises ModelError for other channels."""
