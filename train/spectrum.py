@@ -14,7 +14,7 @@ import json
 import random
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
 from train.datasets.split import Split, open_split
 from train.evaluate.choose import ValidationLook
-from train.evaluate.generated import Request, caption_request, generate, generate_latents
+from train.evaluate.generated import caption_request, generate, generate_latents
 from train.evaluate.real import RealImages, real_images
 from train.evaluate.report import FORMAT_VERSION
 
@@ -144,17 +144,20 @@ def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dic
         wanted = torch.cat([encode_image(loaded.pipeline, part.to(loaded.device)) for part in parts])
     for way in ways:
         request = caption_request(captions, config.seed, way.steps, guidance)
-        drawn = torch.cat([latents() for latents in _draw(config, loaded, way, request)])
+        label = f"training captions, {way.label}"
+        batches = generate_latents(**_asked(config, loaded, way), request=request, label=label)
+        drawn = torch.cat([latents() for latents in batches])
         if wanted is None:
             wanted = drawn
         else:
             found[way.name] = spectrum_of(drawn, wanted)
     validation = real_images(open_split(domain.name, "validation"), domain, config.captions, size_px, config.seed)
     figures, arms = _look(config, loaded, ways, found, guidance, validation)
+    wanted_of = "real images" if config.to_real else f"pictures in {config.steps} steps"
     report = {
         "format_version": FORMAT_VERSION,
         "kind": STAGE,
-        "title": f"{domain.label}: pictures whose power spectrum is matched, and as they were drawn",
+        "title": f"{domain.label}: pictures brought to {wanted_of} in their power spectrum, and as they were drawn",
         "domain": domain.name,
         "command": command,
         "default_adapter": None,
@@ -167,7 +170,7 @@ def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dic
             "captions": len(validation.captions),
             "real_references": len(validation.reference),
             "training_images": len(captions),
-            "matched_to": "real images" if config.to_real else f"pictures in {config.steps} steps",
+            "matched_to": wanted_of,
             "seed": config.seed,
             "guidance_scale": str(guidance),
         },
@@ -200,19 +203,16 @@ def _training_captions(
     return captions, to_pixels(split.images(size_px, rows))
 
 
-def _draw(
-    config: SpectrumConfig, loaded: LoadedDomain, way: _Way, request: Request
-) -> Iterator[Callable[[], torch.Tensor]]:
-    return generate_latents(
-        loaded.pipeline,
-        loaded.manifest.files,
-        loaded.default_adapter,
-        request,
-        Path(config.out) / "pictures",
-        batch=config.batch,
-        label=f"training captions, {way.label}",
-        few_steps=way.few_steps,
-    )
+def _asked(config: SpectrumConfig, loaded: LoadedDomain, way: _Way) -> dict[str, Any]:
+    """What `generate` and `generate_latents` take alike, but for the request."""
+    return {
+        "pipeline": loaded.pipeline,
+        "files": loaded.manifest.files,
+        "adapter": loaded.default_adapter,
+        "folder": Path(config.out) / "pictures",
+        "batch": config.batch,
+        "few_steps": way.few_steps,
+    }
 
 
 def _look(
@@ -224,24 +224,15 @@ def _look(
     real: RealImages,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Figures of validation captions' pictures, each way's with its gains and without, and the arms they compare."""
-    judge, features = loaded.folder / "judge", loaded.folder
-    look = ValidationLook(str(judge), str(features), config.device, real, get_domain(loaded.name))
+    judge, features = str(loaded.folder / "judge"), str(loaded.folder)
+    look = ValidationLook(judge, features, config.device, real, get_domain(loaded.name))
     seen, arms = {}, []
     for way in ways:
         request = caption_request(real.captions, config.seed, way.steps, guidance)
         matched = [("matched", ", matched", spectra[way.name])] if way.name in spectra else []
         for ending, words, spectrum in (*matched, ("as_drawn", ", as drawn", None)):
-            images = generate(
-                loaded.pipeline,
-                loaded.manifest.files,
-                loaded.default_adapter,
-                request,
-                Path(config.out) / "pictures",
-                batch=config.batch,
-                label=f"validation captions, {way.label}{words}",
-                few_steps=way.few_steps,
-                spectrum=spectrum,
-            )
+            label = f"validation captions, {way.label}{words}"
+            images = generate(**_asked(config, loaded, way), request=request, label=label, spectrum=spectrum)
             name = f"{way.name}_{ending}"
             seen[name] = look.seen(images)
             arms.append({"name": name, "label": way.label + words})
