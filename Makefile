@@ -105,6 +105,7 @@ ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
 
 # The last of what a model folder is made of, and, where they ship, the gains by frequency that are measured on it without them.
 PARTS = $(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET)
+SPECTRUM_dermatology_gpu := spectrum-dermatology-gpu
 SPECTRUM_radiology_gpu := spectrum-radiology-gpu
 SPECTRUM = $(SPECTRUM_$(1)_$(PRESET))
 

@@ -5,8 +5,10 @@ images: the gain of a latent channel and band of frequencies is what makes the g
 pictures that over images, so that a few pictures full of hair do not decide for all, and the offset of a channel gives
 its mean (see `medviz.generation.spectrum`).
 What the few-step adapter draws alone is brought to what ships in many steps, of the same captions and noises: to real
-images where that is, else to pictures as they were drawn. Neither reward nor judge has a part in it. Then pictures of
-validation captions are measured with the gains and without.
+images where that is, else to pictures as they were drawn. A few hundred images tell a common contrast to some percent
+only, for they differ by as much among one another; so the few-step adapter, which draws what many steps draw of the
+same noises nearly, may draw many more captions, and many steps are told apart from it on few: a control variate.
+Neither reward nor judge has a part in it. Then pictures of validation captions are measured with the gains and without.
 """
 
 import importlib.metadata
@@ -36,7 +38,7 @@ from train import seeding
 from train.assemble import assemble, read_parts
 from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
-from train.datasets.split import Split, open_split
+from train.datasets.split import open_split
 from train.evaluate.choose import ValidationLook
 from train.evaluate.generated import caption_request, generate, generate_latents
 from train.evaluate.real import RealImages, real_images
@@ -60,6 +62,9 @@ class SpectrumConfig(StageConfig):
     """Bring pictures in many steps to real images; else they stay as they were drawn."""
     pictures: int = 128
     """Training images, whose captions are drawn once each in either number of steps."""
+    few_step_pictures: int = 0
+    """Training images, those among them, whose captions the few-step adapter draws; 0: no more than `pictures`. More
+    ask for `to_real`."""
     captions: int = 192
     """Validation images whose captions are drawn to measure (at most half of the split)."""
     batch: int = 16
@@ -97,6 +102,13 @@ def spectrum_of(drawn: torch.Tensor, real: torch.Tensor) -> Spectrum:
     return Spectrum(tuple(frequencies.tolist()), rows, tuple(offsets.tolist()))
 
 
+def joined(first: Spectrum, second: Spectrum) -> Spectrum:
+    """What both do one after the other, of one shape; no gain beyond BOUNDS."""
+    products = (np.array(first.gains) * np.array(second.gains)).clip(*BOUNDS)
+    offsets = np.add(first.offsets, second.offsets)
+    return Spectrum(first.frequencies, tuple(map(tuple, products.tolist())), tuple(offsets.tolist()))
+
+
 def run(config: SpectrumConfig, command: str = "") -> dict[str, Any]:
     """Measure and write the gains; returns the report that was written. Raises InputError without an assembly recipe,
     for a number out of range, and where there is nothing to measure."""
@@ -110,6 +122,11 @@ def run(config: SpectrumConfig, command: str = "") -> dict[str, Any]:
         raise InputError(
             f"{config.assembly} has no few-step adapter, whose pictures could be brought to others (to_real)"
         )
+    if config.few_step_pictures and not (config.to_real and parts.few_step_adapter):
+        raise InputError("few_step_pictures needs real images to be brought to (to_real) and a few-step adapter")
+    if config.few_step_pictures and config.few_step_pictures < config.pictures:
+        least = config.pictures
+        raise InputError(f"few_step_pictures must be 0 or at least {least}, found {config.few_step_pictures}")
     with tempfile.TemporaryDirectory() as aside:
         runs = {stage: run for stage, run in parts.runs.items() if stage != STAGE}
         assemble(replace(parts, spectrum="", runs=runs), Path(aside) / parts.domain)
@@ -130,28 +147,15 @@ class _Way:
 
 def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dict[str, Any]:
     domain, manifest, out = get_domain(loaded.name), loaded.manifest, Path(config.out)
-    size_px = int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
     guidance = Guidance.of_recipe(manifest.recipe, domain.name, DEFAULT_GUIDANCE_SCALE)
     ways = [
         _Way(name, steps, FewSteps.of(manifest, steps, guidance.scale), f"{steps} steps")
         for name, steps in (("steps", config.steps), ("few_steps", manifest.few_steps))
         if steps
     ]
-    captions, pixels = _training_captions(config, open_split(domain.name, "train"), domain, size_px)
-    wanted, found = None, dict[str, Spectrum]()
-    if config.to_real:
-        parts = pixels.split(config.batch)
-        wanted = torch.cat([encode_image(loaded.pipeline, part.to(loaded.device)) for part in parts])
-    for way in ways:
-        request = caption_request(captions, config.seed, way.steps, guidance)
-        label = f"training captions, {way.label}"
-        batches = generate_latents(**_asked(config, loaded, way), request=request, label=label)
-        drawn = torch.cat([latents() for latents in batches])
-        if wanted is None:
-            wanted = drawn
-        else:
-            found[way.name] = spectrum_of(drawn, wanted)
-    validation = real_images(open_split(domain.name, "validation"), domain, config.captions, size_px, config.seed)
+    found, training_images = _found(config, loaded, ways, guidance)
+    split = open_split(domain.name, "validation")
+    validation = real_images(split, domain, config.captions, _size_px(loaded), config.seed)
     figures, arms = _look(config, loaded, ways, found, guidance, validation)
     wanted_of = "real images" if config.to_real else f"pictures in {config.steps} steps"
     report = {
@@ -169,7 +173,8 @@ def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dic
             "split": "validation",
             "captions": len(validation.captions),
             "real_references": len(validation.reference),
-            "training_images": len(captions),
+            "training_images": training_images,
+            "drawn_in_many_steps": min(config.pictures, training_images),
             "matched_to": wanted_of,
             "seed": config.seed,
             "guidance_scale": str(guidance),
@@ -177,7 +182,7 @@ def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dic
         "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
         "figures": figures,
     }
-    metrics: dict[str, Any] = {"seed": config.seed, "to_real": config.to_real, "pictures": len(captions)}
+    metrics: dict[str, Any] = {"seed": config.seed, "to_real": config.to_real, "pictures": training_images}
     for name, spectrum in found.items():
         gains = np.array(spectrum.gains)
         metrics |= {f"{name}_lowest_gain": float(gains.min()), f"{name}_highest_gain": float(gains.max())}
@@ -192,15 +197,45 @@ def _measured(config: SpectrumConfig, command: str, loaded: LoadedDomain) -> dic
     return report
 
 
-def _training_captions(
-    config: SpectrumConfig, split: Split, domain: Domain, size_px: int
-) -> tuple[list[str], torch.Tensor]:
-    """A caption of each of `pictures` training images, and their pixels (N, 3, H, W) in [-1, 1]."""
+def _found(
+    config: SpectrumConfig, loaded: LoadedDomain, ways: Sequence[_Way], guidance: Guidance
+) -> tuple[dict[str, Spectrum], int]:
+    """The spectra by their names, and of how many training images they are."""
+    captions, images = _training_captions(config, get_domain(loaded.name), _size_px(loaded))
+
+    def drawn(way: _Way, count: int) -> torch.Tensor:
+        request = caption_request(captions[:count], config.seed, way.steps, guidance)
+        label = f"training captions, {way.label}"
+        batches = generate_latents(**_asked(config, loaded, way), request=request, label=label)
+        return torch.cat([latents() for latents in batches])
+
+    many, *few = ways
+    in_many = drawn(many, config.pictures)
+    if not config.to_real:
+        return {few[0].name: spectrum_of(drawn(few[0], config.pictures), in_many)}, len(in_many)
+    parts = [images[start : start + config.batch] for start in range(0, len(images), config.batch)]
+    real = torch.cat([encode_image(loaded.pipeline, to_pixels(part, loaded.device)) for part in parts])
+    if not few:
+        return {many.name: spectrum_of(in_many, real)}, len(real)
+    in_few = drawn(few[0], len(real))
+    found = {few[0].name: spectrum_of(in_few, real)}
+    found[many.name] = joined(spectrum_of(in_many, in_few[: len(in_many)]), found[few[0].name])
+    return found, len(real)
+
+
+def _size_px(loaded: LoadedDomain) -> int:
+    """Side of the folder's pictures in px."""
+    return int(loaded.pipeline.unet.config.sample_size) * int(loaded.pipeline.vae_scale_factor)
+
+
+def _training_captions(config: SpectrumConfig, domain: Domain, size_px: int) -> tuple[list[str], np.ndarray]:
+    """A caption of each of the training images, and the images uint8 (N, H, W, 3)."""
+    split, count = open_split(domain.name, "train"), max(config.pictures, config.few_step_pictures)
     rng = seeding.numpy_generator(config.seed, STAGE, "images")
-    rows = rng.choice(len(split.records), min(config.pictures, len(split.records)), replace=False).tolist()
+    rows = rng.choice(len(split.records), min(count, len(split.records)), replace=False).tolist()
     words = [random.Random(seeding.key(config.seed, STAGE, "caption", i)) for i in range(len(rows))]
     captions = [domain.caption(split.records[row], each) for row, each in zip(rows, words, strict=True)]
-    return captions, to_pixels(split.images(size_px, rows))
+    return captions, split.images(size_px, rows)
 
 
 def _asked(config: SpectrumConfig, loaded: LoadedDomain, way: _Way) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from medviz.errors import InputError
-from medviz.generation.spectrum import Spectra
+from medviz.generation.spectrum import Spectra, Spectrum
 from medviz.models.library import ModelLibrary
 from medviz.models.manifest import read_manifest
 from medviz.results import Request
@@ -21,7 +22,7 @@ from train.assemble import Parts, assemble
 from train.evaluate.stage import EvaluateConfig
 from train.evaluate.stage import run as evaluate
 from train.restore import restore
-from train.spectrum import SpectrumConfig, main, run
+from train.spectrum import SpectrumConfig, joined, main, run, spectrum_of
 
 
 @pytest.fixture
@@ -130,6 +131,32 @@ def test_few_steps_alone_may_be_brought_to_many_as_they_were_drawn(config: Spect
     assert report["settings"]["matched_to"] == "pictures in 5 steps"
 
 
+def test_few_steps_may_draw_more_captions_that_many_steps_are_told_apart_from(
+    config: SpectrumConfig, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(replace(config, few_step_pictures=6))
+    same = json.loads(Path(parts.spectrum).read_text())
+    run(config)
+    assert json.loads(Path(parts.spectrum).read_text()) == same
+    compared = []
+
+    def watched(drawn: torch.Tensor, wanted: torch.Tensor) -> Spectrum:
+        compared.append((drawn, wanted))
+        return spectrum_of(drawn, wanted)
+
+    monkeypatch.setattr("train.spectrum.spectrum_of", watched)
+    report = run(replace(config, few_step_pictures=16))
+    assert report["settings"]["training_images"] == 16
+    assert report["settings"]["drawn_in_many_steps"] == 6
+    (in_few, real), (in_many, beside) = compared
+    assert (len(in_few), len(real), len(in_many)) == (16, 16, 6)
+    assert torch.equal(beside, in_few[:6])
+    to_few, to_real = spectrum_of(in_many, beside), spectrum_of(in_few, real)
+    more = json.loads(Path(parts.spectrum).read_text())
+    assert more["few_steps"] == to_real.as_json()
+    assert more["steps"] == joined(to_few, to_real).as_json()
+
+
 def test_a_spectrum_that_was_not_measured_is_asked_for(parts: Parts, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"spectra\.json is missing: the stage spectrum has not finished"):
         assemble(replace(parts, runs={}), tmp_path / "models" / "dermatology")
@@ -153,3 +180,8 @@ def test_what_cannot_be_measured_is_refused(config: SpectrumConfig) -> None:
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "few_step_adapter": None}))
     with pytest.raises(InputError, match="has no few-step adapter"):
         run(replace(config, to_real=False))
+    with pytest.raises(InputError, match="few_step_pictures needs real images"):
+        run(replace(config, few_step_pictures=8))
+    recipe.write_text(json.dumps({**yaml.safe_load(recipe.read_text()), "few_step_adapter": "few_steps"}))
+    with pytest.raises(InputError, match="few_step_pictures must be 0 or at least 6, found 4"):
+        run(replace(config, few_step_pictures=4))
