@@ -258,7 +258,8 @@ def _draw(
         images, now_s = None, time.monotonic()
         left_s = (now_s - begun_s) / (index + 1) * (count - index - 1)
         if now_s - last_s >= max(PREVIEW_EVERY_S, decoded_s / PREVIEW_SHARE) and left_s >= 2 * PREVIEW_EVERY_S:
-            images = finish(x0)
+            # As the finished picture will: its contrast must not jump at the end.
+            images = finish(spectrum(x0) if spectrum else x0)
             last_s = time.monotonic()
             decoded_s = last_s - now_s
         on_preview(Preview(index + 1, count, images))
@@ -266,6 +267,7 @@ def _draw(
     # Without an adapter the second image would be the first one, bit for bit.
     adapters = (None,) if request.adapter is None else (None, request.adapter)
     few_steps = models.few_steps(request)
+    spectrum = models.spectra.of(few_steps)
     count = step_count(pipeline, request.steps, few_steps)
     with using_adapter(pipeline.unet, None), capture(pipeline.unet) as maps:
         latents = sample(
@@ -276,7 +278,7 @@ def _draw(
             guidance_scale=models.guidance.with_scale(request.guidance_scale),
             few_steps=few_steps,
             adapters=adapters,
-            spectrum=models.spectra.of(few_steps),
+            spectrum=spectrum,
             on_step=on_step,
             maps=maps,
         )

@@ -1,6 +1,7 @@
 """Gains measured on training captions, shipped with the folder that they were measured for, and drawn through there."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from medviz.errors import InputError
 from medviz.generation.spectrum import Spectra, Spectrum
 from medviz.models.library import ModelLibrary
 from medviz.models.manifest import read_manifest
-from medviz.results import Request
+from medviz.results import Preview, Request
 from medviz.workbench import compare, load_models
 from tests import tiny
 from tests.train.test_evaluate_stage import write_split
@@ -76,7 +77,11 @@ def config(parts: Parts, tmp_path: Path) -> SpectrumConfig:
     )
 
 
-def test_measured_assembled_and_drawn_through(config: SpectrumConfig, parts: Parts, tmp_path: Path) -> None:
+def test_measured_assembled_and_drawn_through(
+    config: SpectrumConfig, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medviz.workbench.PREVIEW_EVERY_S", 0)
+    monkeypatch.setattr("medviz.workbench.PREVIEW_SHARE", math.inf)
     report = run(config, "python -m train spectrum x.yaml")
     assert json.loads(Path(config.report).read_text()) == report
     assert [arm["label"] for arm in report["arms"]] == [
@@ -108,12 +113,17 @@ def test_measured_assembled_and_drawn_through(config: SpectrumConfig, parts: Par
     models = load_models(ModelLibrary(tmp_path / "models", "cpu"), "dermatology")
     for steps, spectrum in ((3, spectra.few_steps), (5, spectra.steps)):
         request = Request("dermatology", "a dermoscopic image with nevus", 1, steps, 2.0, tiny.ADAPTER)
-        pair = compare(models, request, None, lambda: None)
+        previews: list[Preview] = []
+        pair = compare(models, request, previews.append, lambda: None)
         plain = compare(replace(models, spectra=Spectra()), request, None, lambda: None)
         assert pair.models["spectrum"] == str(spectrum)
         for side in ("baseline", "aligned"):
             drawn, undone = (np.asarray(getattr(each, side).image) for each in (pair, plain))
             assert not np.array_equal(drawn, undone)
+        assert previews[-1].images is not None
+        for image, drawing in zip(previews[-1].images, (pair.baseline, pair.aligned), strict=True):
+            # Gains change a tenth of a level here, rounding of what is else the same next to nothing.
+            assert np.abs(np.asarray(image, int) - np.asarray(drawing.image, int)).mean() < 0.01
     found = next(f for f in evaluate(evaluated)["figures"] if f["name"] == "kernel_distance_judge")
     aligned = found["adapters"][tiny.ADAPTER]["value"]
     np.testing.assert_allclose(aligned["value"], judged["baseline"]["value"], atol=1e-6)
