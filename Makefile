@@ -105,7 +105,6 @@ ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
 
 # The last of what a model folder is made of, and, where they ship, the gains by frequency that are measured on it without them.
 PARTS = $(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET)
-SPECTRUM_dermatology_gpu := spectrum-dermatology-gpu
 SPECTRUM_radiology_gpu := spectrum-radiology-gpu
 SPECTRUM = $(SPECTRUM_$(1)_$(PRESET))
 
@@ -205,7 +204,13 @@ curve: $(VENV)/.bench | $(FORMER)
 	$(BIN)/python -m train curve train/recipes/curve-dermatology-gpu.yaml
 	$(BIN)/python -m train report
 
-anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json)
+# The cpu preset's model folder beside what ships, which its adapters would not fit.
+runs/models-cpu/radiology/manifest.json: | $(VENV)/.dev
+	$(BIN)/python -m train assemble train/recipes/assemble-radiology-cpu.yaml $(@D)
+
+anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json) | runs/models-cpu/radiology/manifest.json
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding-radiology-gpu.yaml
+	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-gpu.yaml
 	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml
 	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test --inversion paper
 	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-cpu.yaml

@@ -308,6 +308,10 @@ def test_radiology_from_end_to_end(model_root: Path, images_folder: Path, tmp_pa
         "frozen_one_step", "frozen_inversion", "mine_one_step", "mine_inversion", "none_one_step", "none_inversion",
         "judge_grad_cam", "uniform", "prior_class", "prior_place", "oracle_3", "oracle_6",
     ]  # fmt: skip
+    beside = run(replace(config, tuned={"mine": (one, two)}, inversion=(), frozen_inversion=False, suffix="mine"))
+    assert [arm["name"] for arm in beside["arms"]] == ["frozen_one_step", "mine_one_step", *arms[6:]]
+    assert beside == json.loads((tmp_path / "reports" / "grounding-radiology-mine.json").read_text())
+    assert stored == json.loads((tmp_path / "reports" / "grounding-radiology.json").read_text())
     assert list(report["sets"]) == ["structures", "placed_boxes", "named_boxes"]
     structures = report["sets"]["structures"]
     assert structures["macro"] == ["right_lung", "left_lung", "ground_glass"], "no caption has a word for tubes"

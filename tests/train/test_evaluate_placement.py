@@ -1,6 +1,8 @@
 """Is the finding drawn where the prompt puts it: scores by hand, and the evaluation end to end on a tiny model."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests import tiny
 from tests.train.grounding_scenes import LEFT_UP, RIGHT_LOW, chest, lungs, split_of
 from train.__main__ import main
 from train.config import read_recipe
+from train.evaluate.generated import generate
 from train.evaluate.placement import (
     PlacementConfig,
     boxed_on_one_side,
@@ -141,6 +144,29 @@ def test_the_evaluation_end_to_end(config: PlacementConfig):
     table = section({**report, "file": "placement-radiology.json"})
     assert "real images" in table
     assert "Right less left" in table
+
+
+def test_pictures_are_drawn_as_the_folder_draws_them(
+    config: PlacementConfig, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the few-step adapter where it has a part in that many steps, and through the folder's gains by frequency."""
+    folder = shutil.copytree(model_root / "radiology", tmp_path / "models" / "radiology")
+    tiny.add_few_steps(folder, [999, 400])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    gains = {"frequencies": [0.1], "gains": [[0.5]] * tiny.LATENT_CHANNELS, "offsets": [0.0] * tiny.LATENT_CHANNELS}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "spectra": {"few_steps": gains}}))
+    asked = []
+
+    def watched(*arguments, few_steps, spectrum, **named):
+        asked.append((few_steps, spectrum))
+        return generate(*arguments, few_steps=few_steps, spectrum=spectrum, **named)
+
+    monkeypatch.setattr("train.evaluate.placement.generate", watched)
+    report = run(replace(config, models=str(folder.parent), suffix="few"))
+    assert [few_steps.timesteps for few_steps, _ in asked] == [(999, 400)] * 3
+    assert [spectrum.as_json() for _, spectrum in asked] == [gains] * 3
+    assert str(asked[0][1]) in report["settings"]["guidance_scale"]
+    assert report == json.loads((Path(config.reports) / "placement-radiology-few.json").read_text())
 
 
 def test_a_run_that_was_stopped_finds_its_pictures_again(config: PlacementConfig, monkeypatch: pytest.MonkeyPatch):

@@ -25,6 +25,7 @@ from medviz.domains.chest_findings import PlacedHead, placed_head
 from medviz.domains.lung_places import LEVELS, SIDES
 from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
+from medviz.generation.spectrum import Spectra
 from medviz.grounding.anatomy import Segmenter
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_adapter
@@ -37,7 +38,7 @@ from train.datasets.latents import to_pixels
 from train.datasets.placed_findings import DOMAIN, placed_boxes
 from train.datasets.split import Split, boxes, open_split
 from train.evaluate.figures import Figure
-from train.evaluate.generated import Request, generate, weights_digest
+from train.evaluate.generated import Request, few_steps_of, generate, told, weights_digest
 from train.evaluate.measure import BASELINE
 from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
@@ -80,8 +81,12 @@ class PlacementConfig(StageConfig):
     """Splits whose boxed images are the ceiling."""
     batch: int = 16
     """Pictures drawn at a time; part of what names the stored pictures."""
+    bf16: bool = False
+    """Draw in bf16: faster, where the processor has instructions for it."""
     reports: str = "assets/reports"
     """Folder that also gets the JSON (empty: only `out`)."""
+    suffix: str = ""
+    """Ends the JSON's name there, so that it stands beside another."""
 
     def checked(self) -> PlacementConfig:
         """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
@@ -109,7 +114,8 @@ def run(config: PlacementConfig, command: str = "") -> dict[str, Any]:
     Raises InputError for options out of range and prompts that place nothing, ModelError for files that do not hold up.
     """
     config.checked()
-    loaded = ModelLibrary(Path(config.models), config.device).load(DOMAIN)
+    dtype = torch.bfloat16 if config.bf16 else None
+    loaded = ModelLibrary(Path(config.models), config.device, dtype).load(DOMAIN)
     prompts, domain = placed_prompts(config), get_domain(DOMAIN)
     asked = {prompt: placed_head(domain.parse(prompt)) for prompt in prompts}
     if mute := [prompt for prompt, each in asked.items() if each is None]:
@@ -122,9 +128,18 @@ def run(config: PlacementConfig, command: str = "") -> dict[str, Any]:
     )
     placed = [each for prompt in request.prompts if (each := asked[prompt])]
     rows, labels, files = _rows(config, loaded)
+    few_steps = few_steps_of(loaded.manifest, request.steps, request.guidance_scale)
     pictures = {
         name: generate(
-            loaded.pipeline, files, adapter, request, Path(config.out) / "pictures", batch=config.batch, label=name
+            loaded.pipeline,
+            files,
+            adapter,
+            request,
+            Path(config.out) / "pictures",
+            batch=config.batch,
+            label=name,
+            few_steps=few_steps,
+            spectrum=Spectra.of_manifest(loaded.manifest).of(few_steps),
         )
         for name, adapter in rows.items()
     }
@@ -141,7 +156,7 @@ def run(config: PlacementConfig, command: str = "") -> dict[str, Any]:
     report = {
         "format_version": FORMAT_VERSION,
         "kind": "placement",
-        "title": f"{domain.label}: is the finding drawn where the prompt puts it",
+        "title": f"{domain.label}: is the finding drawn where the prompt puts it, {size_px} px",
         "domain": DOMAIN,
         "command": command,
         "default_adapter": None,
@@ -150,7 +165,7 @@ def run(config: PlacementConfig, command: str = "") -> dict[str, Any]:
         "intervals": INTERVALS,
         "settings": {
             "steps": config.steps,
-            "guidance_scale": str(request.guidance_scale),
+            "guidance_scale": told(loaded.manifest, request.steps, request.guidance_scale),
             "prompts": len(prompts),
             "noises": config.noises,
             "real_images": len(real),
@@ -166,7 +181,8 @@ def run(config: PlacementConfig, command: str = "") -> dict[str, Any]:
     }
     write_json(Path(config.out) / "metrics.json", report)
     if config.reports:
-        write_json(Path(config.reports) / f"placement-{DOMAIN}.json", report)
+        name = "-".join(filter(None, ("placement", DOMAIN, config.suffix)))
+        write_json(Path(config.reports) / f"{name}.json", report)
     return report
 
 

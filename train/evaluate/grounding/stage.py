@@ -76,6 +76,8 @@ class GroundingConfig(StageConfig):
     """Row -> folders of its adapters, one a training seed, for this base."""
     inversion: tuple[str, ...] = ()
     """Rows of `tuned` that have a second row, read by DDIM inversion; all have one read by one step."""
+    frozen_inversion: bool = True
+    """Give the frozen baseline such a second row as well."""
     one_step_seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Noises that the one-step variant averages."""
     each_level: bool = True
@@ -86,6 +88,8 @@ class GroundingConfig(StageConfig):
     """Images in a pass of the UNet; part of what names the stored maps."""
     reports: str = "assets/reports"
     """Folder that also gets the JSON (empty: only `out`); of the test split, the tables are made of it."""
+    suffix: str = ""
+    """Ends the JSON's name there, so that it stands beside another of the domain."""
 
     def checked(self) -> GroundingConfig:
         """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
@@ -134,14 +138,14 @@ def run(config: GroundingConfig, command: str = "") -> dict[str, Any]:
             values[arm.name] = np.stack([patient_means(score_maps(maps, phrases), phrases) for maps in draw(phrases)])
         found += figures(phrases, list(rows), values, unseeing, known)
     report = {
-        **_about(config, command, loaded, priors, list(rows)),
+        **_about(config, command, loaded, size_px, priors, list(rows)),
         "sets": {phrases.name: _about_set(config.domain, phrases, judge) for phrases in sets},
         "figures": [figure.as_json() for figure in found],
     }
     write_json(Path(config.out) / "metrics.json", report)
     if config.reports:
-        name = "" if config.split == "test" else f"-{config.split}"
-        write_json(Path(config.reports) / f"grounding-{config.domain}{name}.json", report)
+        parts = ("grounding", config.domain, config.suffix, "" if config.split == "test" else config.split)
+        write_json(Path(config.reports) / f"{'-'.join(filter(None, parts))}.json", report)
     return report
 
 
@@ -167,6 +171,8 @@ def _attention_rows(config: GroundingConfig, loaded: LoadedDomain) -> dict[Arm, 
 
     rows: dict[Arm, Draw] = {}
     for method, wording in METHODS.items():
+        if method == "inversion" and not config.frozen_inversion:
+            continue
         label = f"frozen baseline ({wording})"
         rows[Arm(f"frozen_{method}", label)] = reader(label, method, {None: None})
     for name, folders in config.tuned.items():
@@ -240,13 +246,13 @@ def _about_set(domain: str, phrases: PhraseSet, judge: AttributeClassifier) -> d
 
 
 def _about(
-    config: GroundingConfig, command: str, loaded: LoadedDomain, priors: Priors, arms: Sequence[Arm]
+    config: GroundingConfig, command: str, loaded: LoadedDomain, size_px: int, priors: Priors, arms: Sequence[Arm]
 ) -> dict[str, Any]:
     reading = config.reading("inversion")
     return {
         "format_version": FORMAT_VERSION,
         "kind": "grounding",
-        "title": f"{get_domain(config.domain).label}: where phrases look in real images",
+        "title": f"{get_domain(config.domain).label}: where phrases look in real images of {size_px} px",
         "domain": config.domain,
         "command": command,
         "default_adapter": None,
