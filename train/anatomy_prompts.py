@@ -34,8 +34,8 @@ from medviz.rewards.registry import TextImageNetwork
 from train import seeding
 from train.attention_losses import diversity_loss, location_loss
 from train.config import StageConfig, parse
-from train.datasets.anatomy_scenes import Scene, open_scene
-from train.datasets.placed_findings import DOMAIN, PlacedFinding, fit_atlas
+from train.datasets.anatomy_scenes import PlacedPrompt, Scene, Wording, open_scene
+from train.datasets.placed_findings import DOMAIN, fit_atlas
 from train.datasets.split import open_split
 from train.diffusion import denoised
 from train.evaluate.statistics import mean_interval, paired_difference
@@ -60,6 +60,10 @@ class AnatomyPromptsConfig(StageConfig):
     """Folder of the network that finds the lungs, for that target alone."""
     template: str = "{location} {pathology}"
     """Wording of the training prompts."""
+    place_share: float = 0.0
+    """Of prompts that name a place alone, any of the image's own."""
+    finding_share: float = 0.0
+    """Of prompts that name a finding alone; its target is every place where the image has it."""
     notes: bool = True
     """Also learn from sentences of notes that place a finding, not from readers' boxes alone."""
     layers: str = "fine"
@@ -73,6 +77,8 @@ class AnatomyPromptsConfig(StageConfig):
     learning_rate: float = 1e-4
     alpha: float = 0.1
     """Weight of the Gaussian in the target of L_loc."""
+    spread: float = 1.0
+    """How wide the Gaussian is, against the paper's sigma of a sixth of the place's side."""
     eps: float = 1e-5
     """The Gaussian's value above which the attention is kept as it is."""
     jitter: float = 0.05
@@ -100,6 +106,13 @@ class AnatomyPromptsConfig(StageConfig):
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, found {value!r}")
         if any(self.template.count(part) != 1 for part in ("{location}", "{pathology}")):
             raise InputError(f"template must hold {{location}} and {{pathology}} once each, found {self.template!r}")
+        if not (min(self.place_share, self.finding_share) >= 0 and self.place_share + self.finding_share <= 1):
+            raise InputError(
+                "place_share and finding_share must be at least 0 and together at most 1, found "
+                f"{self.place_share} and {self.finding_share}"
+            )
+        if not self.spread > 0:
+            raise InputError(f"spread must be greater than 0, found {self.spread}")
         if len(self.window) != 2 or not 0.0 <= self.window[0] < self.window[1] <= 1.0:
             raise InputError(f"window must be two ascending fractions in [0, 1], found {self.window}")
         least = {"batch": 1, "levels": 1, "lora_rank": 0, "alpha": 0, "eps": 0, "jitter": 0}
@@ -155,6 +168,7 @@ class AnatomyPromptsLearner:
             raise InputError("the image-text loss has a weight but no network")
         self.pipeline, self.atlas, self.train, self.validation = pipeline, atlas, train, validation
         self.alignment = alignment if config.alignment_weight > 0 else None
+        self.wording = Wording(config.template, config.place_share, config.finding_share)
         for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
             module.requires_grad_(False).eval()
         self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -195,37 +209,33 @@ class AnatomyPromptsLearner:
     def losses(
         self,
         scene: Scene,
-        findings: Sequence[PlacedFinding],
-        wordings: Sequence[str],
+        prompts: Sequence[PlacedPrompt],
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         jitter: Sequence[np.random.Generator] | None,
     ) -> dict[str, torch.Tensor]:
-        """location, diversity, denoising and, with a weight, alignment loss of each finding (B,), with the adapter as
+        """location, diversity, denoising and, with a weight, alignment loss of each prompt (B,), with the adapter as
         it is switched now.
 
-        noise (B, C, h, w); timesteps (B, T) int64; jitter: a generator for each finding, or None for none.
+        noise (B, C, h, w); timesteps (B, T) int64; jitter: a generator for each prompt, or None for none.
         """
         config, levels, device = self.config, timesteps.shape[1], self.config.device
-        prompts = [
-            config.template.format(location=wording, pathology=finding.finding)
-            for finding, wording in zip(findings, wordings, strict=True)
-        ]
-        latents = scene.latents[[finding.index for finding in findings]].to(device)
+        texts = [prompt.text for prompt in prompts]
+        latents = scene.latents[[prompt.index for prompt in prompts]].to(device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(levels)
         maps: dict[str, torch.Tensor] = {}
         with watch(self.pipeline.unet, maps.__setitem__, gradient=True):
             found = denoised(
-                self.pipeline.unet, latents[rows], self.embed(prompts)[rows], noise.to(device)[rows],
+                self.pipeline.unet, latents[rows], self.embed(texts)[rows], noise.to(device)[rows],
                 timesteps.to(device).flatten(), self.schedule, config.min_snr_gamma,
             )  # fmt: skip
         layers = LAYERS[config.layers](maps, latents.shape[-2])
         if not layers:
             raise InputError(f"the unet has no cross-attention for layers {config.layers!r}; it has {', '.join(maps)}")
         location, diversity = [], []
-        for row, (finding, wording) in enumerate(zip(findings, wordings, strict=True)):
-            tokens = list(content_indices(self.pipeline.tokenizer, prompts[row]))
-            region = _region(scene.atlas(finding, self.atlas), wording, config.jitter, jitter[row] if jitter else None)
+        for row, prompt in enumerate(prompts):
+            tokens = list(content_indices(self.pipeline.tokenizer, texts[row]))
+            region = self._region(scene.atlas(prompt, self.atlas), prompt.places, jitter[row] if jitter else None)
             mine = [maps[layer][row * levels : (row + 1) * levels, ..., tokens].movedim(-1, 1) for layer in layers]
             targets = [torch.from_numpy(region((each.shape[-2], each.shape[-1]))).to(each) for each in mine]
             pairs = zip(mine, targets, strict=True)
@@ -238,23 +248,22 @@ class AnatomyPromptsLearner:
         }
         if self.alignment is not None:
             pictures = decode_latents(self.pipeline.vae, found.clean)
-            fit_of_each = self.alignment.similarity(pictures, [prompts[row] for row in rows])
+            fit_of_each = self.alignment.similarity(pictures, [texts[row] for row in rows])
             losses["alignment_loss"] = 1 - fit_of_each.unflatten(0, (len(prompts), levels)).mean(dim=1)
         return losses
 
     def update(self, step: int) -> dict[str, float]:
-        config, findings, wordings, jitter = self.config, [], [], []
+        config, prompts, jitter = self.config, [], []
         chosen = seeding.batch_indices(len(self.train.findings), config.batch, step, config.seed, STAGE)
         samples = range(step * config.batch, (step + 1) * config.batch)
         for sample, row in zip(samples, chosen, strict=True):
-            finding, rng = self.train.findings[row], seeding.numpy_generator(config.seed, STAGE, "target", sample)
-            findings.append(finding)
-            wordings.append(finding.wordings[int(rng.integers(len(finding.wordings)))])
+            rng = seeding.numpy_generator(config.seed, STAGE, "target", sample)
+            prompts.append(self.train.prompt(self.train.findings[row], self.atlas, self.wording, rng))
             jitter.append(rng)
         noise = seeding.normal(tuple(self.train.latents.shape[1:]), config.seed, "anatomy-noise", 0, list(samples))
         offset = seeding.numpy_generator(config.seed, STAGE, "levels", step).random((config.batch, 1))
         with using_adapter(self.pipeline.unet, config.adapter):
-            losses = self.losses(self.train, findings, wordings, noise, self._timesteps(offset), jitter)
+            losses = self.losses(self.train, prompts, noise, self._timesteps(offset), jitter)
             means = {name: loss.mean() for name, loss in losses.items()}
             loss = means["location_loss"] + config.diversity_weight * means["diversity_loss"]
             if config.denoising_weight > 0:
@@ -273,6 +282,20 @@ class AnatomyPromptsLearner:
         places = (np.arange(config.levels) + offset) / config.levels
         low, high = config.window
         return torch.from_numpy(np.round((low + (high - low) * places) * last).astype(np.int64))
+
+    def _region(
+        self, atlas: Atlas, places: Sequence[str], rng: np.random.Generator | None
+    ) -> Callable[[tuple[int, int]], np.ndarray]:
+        """G of places on any grid; the jitter is drawn once, so that every layer sees one target."""
+        seed = None if rng is None else int(rng.integers(2**63))
+        jitter, spread = self.config.jitter, self.config.spread
+
+        def region(grid_hw: tuple[int, int]) -> np.ndarray:
+            again = None if seed is None else np.random.Generator(np.random.Philox(seed))
+            moved = 0.0 if again is None else jitter
+            return atlas.heat(places, grid_hw, jitter=moved, rng=again, spread=spread)
+
+        return region
 
     def state(self) -> dict[str, Any]:
         weights = {name: weight.detach() for name, weight in self.weights.items()}
@@ -317,10 +340,8 @@ class AnatomyPromptsLearner:
             for row, finding in enumerate(self.validation.findings[:count]):
                 noise = seeding.normal(tuple(self.validation.latents.shape[1:]), 0, "anatomy-validation", 0, [row])
                 with torch.no_grad(), using_adapter(self.pipeline.unet, adapter):
-                    losses = self.losses(
-                        self.validation, [finding], finding.wordings[:1], noise, self._timesteps(np.full((1, 1), 0.5)),
-                        None,
-                    )  # fmt: skip
+                    prompt = self.validation.prompt(finding, self.atlas, self.wording)
+                    losses = self.losses(self.validation, [prompt], noise, self._timesteps(np.full((1, 1), 0.5)), None)
                 for name, loss in losses.items():
                     found[adapter].setdefault(name, []).append(loss.item())
         images = [finding.index for finding in self.validation.findings[:count]]
@@ -340,19 +361,6 @@ def _image_means(values: Sequence[float], images: Sequence[int]) -> np.ndarray:
     return np.array(
         [np.mean([v for v, i in zip(values, images, strict=True) if i == each]) for each in dict.fromkeys(images)]
     )
-
-
-def _region(
-    atlas: Atlas, wording: str, jitter: float, rng: np.random.Generator | None
-) -> Callable[[tuple[int, int]], np.ndarray]:
-    """G of a wording on any grid; the jitter is drawn once, so that every layer sees one target."""
-    seed = None if rng is None else int(rng.integers(2**63))
-
-    def region(grid_hw: tuple[int, int]) -> np.ndarray:
-        again = None if seed is None else np.random.Generator(np.random.Philox(seed))
-        return atlas.heat(WORDINGS[wording], grid_hw, jitter=0.0 if again is None else jitter, rng=again)
-
-    return region
 
 
 def run(config: AnatomyPromptsConfig) -> dict[str, Any] | None:

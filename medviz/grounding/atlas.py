@@ -78,6 +78,10 @@ class Gaussian:
             self.mu_x + shift_x, self.mu_y + shift_y, self.sigma_x * (1 + scale_x), self.sigma_y * (1 + scale_y)
         )
 
+    def widened(self, factor: float) -> Gaussian:
+        """The Gaussian with its sigmas times `factor`, greater than 0."""
+        return Gaussian(self.mu_x, self.mu_y, self.sigma_x * factor, self.sigma_y * factor)
+
     def mirrored(self) -> Gaussian:
         """The Gaussian in the image mirrored left to right."""
         return Gaussian(1.0 - self.mu_x, self.mu_y, self.sigma_x, self.sigma_y)
@@ -108,16 +112,18 @@ class Atlas:
         *,
         jitter: float = 0.0,
         rng: np.random.Generator | None = None,
+        spread: float = 1.0,
     ) -> NDArray[np.float32]:
         """G of arXiv 2506.10633 for one or several places: the greatest of their Gaussians, float32 (h, w) in [0, 1].
 
-        jitter: see `Gaussian.jittered`; it needs `rng`. Raises InputError for no place, or one the atlas lacks.
+        jitter: see `Gaussian.jittered`; it needs `rng`. spread: see `Gaussian.widened`. Raises InputError for no place,
+        or one the atlas lacks.
         """
         if not names:
             raise InputError("an atlas needs at least one place to look up, found none")
         if jitter < 0 or (jitter > 0 and rng is None):
             raise InputError(f"jitter must be at least 0 and needs a generator when it is not 0, found {jitter}")
-        chosen = [gaussian for name in names for gaussian in self.gaussians(name)]
+        chosen = [gaussian.widened(spread) for name in names for gaussian in self.gaussians(name)]
         if rng is not None and jitter > 0:
             chosen = [gaussian.jittered(rng, jitter) for gaussian in chosen]
         return np.max([gaussian.heat(grid_hw) for gaussian in chosen], axis=0)

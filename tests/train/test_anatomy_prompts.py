@@ -25,7 +25,7 @@ from tests import tiny
 from train.anatomy_prompts import LAYERS, AnatomyPromptsConfig, AnatomyPromptsLearner
 from train.attention_losses import diversity_loss, location_loss
 from train.config import read_recipe
-from train.datasets.anatomy_scenes import Scene, open_scene
+from train.datasets.anatomy_scenes import PlacedPrompt, Scene, Wording, open_scene
 from train.datasets.placed_findings import PlacedFinding, fit_atlas, imaging_sentences, placed_findings
 from train.datasets.split import Split
 from train.diffusion import denoised
@@ -118,6 +118,40 @@ def test_the_loss_falls_and_attention_moves_to_the_place(tmp_path: Path) -> None
     assert figures["baseline"]["value"] == pytest.approx(before), "the baseline is measured with the adapter off"
     assert figures["adapter"]["value"] < before - 0.005
     assert figures["change"]["n"] == 2
+
+
+def test_a_place_or_a_finding_named_alone_is_drawn_to_all_that_it_means() -> None:
+    twice = PlacedFinding(0, "lung opacity", ("right upper zone", "right upper lobe"), "box")
+    shown = replace(scene(), findings=(*scene().findings, twice))
+    finding, rng = shown.findings[0], np.random.default_rng(0)
+
+    def drawn(**shares: float) -> list[PlacedPrompt]:
+        return [shown.prompt(finding, ATLAS, Wording("{location} {pathology}", **shares), rng) for _ in range(400)]
+
+    alone = drawn(place_share=1.0)
+    assert {prompt.places for prompt in alone} == set(WORDINGS.values()), "every place of the atlas, synonyms too"
+    assert all(WORDINGS[prompt.text] == prompt.places for prompt in alone)
+    assert len({prompt.text for prompt in alone if prompt.places == ("left lower zone",)}) == 3
+    assert set(drawn(finding_share=1.0)) == {PlacedPrompt(0, "lung opacity", ("left lower zone", "right upper zone"))}
+    both = PlacedPrompt(0, "left lower zone lung opacity", ("left lower zone",))
+    assert set(drawn()) == {both}
+    assert shown.prompt(finding, ATLAS, Wording("{pathology} of the {location}", 0.5, 0.5)) == PlacedPrompt(
+        0, "lung opacity of the left lower zone", ("left lower zone",)
+    ), "what is measured has no chance in it"
+    mixed = drawn(place_share=0.5, finding_share=0.25)
+    shares = [np.mean([p == both for p in mixed]), np.mean([p.text == "lung opacity" for p in mixed])]
+    assert shares == pytest.approx([0.25, 0.25], abs=0.07)
+
+
+def test_words_of_places_that_no_finding_lies_in_learn_where_places_are_named_alone(tmp_path: Path) -> None:
+    tuned = learner(tmp_path, place_share=1.0, spread=2.0)
+    for step in range(4):
+        tuned.update(step)
+    moved = {t for t, row in zip(tuned.embeddings.tokens, tuned.embeddings.offsets, strict=True) if row.abs().max() > 0}
+    said = {
+        t for w in ("left lower zone", "right upper zone", "left hilum") for t in tuned.pipeline.tokenizer.tokenize(w)
+    }
+    assert moved - said
 
 
 class Darkness:
@@ -229,6 +263,8 @@ def test_the_layers_follow_the_paper_or_the_grid(tmp_path: Path) -> None:
         ({"window": (0.6, 0.3)}, "two ascending fractions"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"alpha": -1.0}, "alpha must be at least 0"),
+        ({"place_share": 0.7, "finding_share": 0.4}, "together at most 1"),
+        ({"spread": 0.0}, "spread must be greater than 0"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path: Path, options: dict, message: str) -> None:

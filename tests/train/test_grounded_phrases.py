@@ -27,6 +27,7 @@ from train.datasets.grounded_phrases import (
     dermatology_sets,
     drawn_structures,
     filled,
+    outlined_lungs,
     radiology_sets,
 )
 from train.evaluate.grounding.priors import dermatology_priors, oracle, oracle_map, radiology_priors, uniform
@@ -141,6 +142,19 @@ def test_priors_are_fitted_on_training_images_alone_and_know_sides() -> None:
     assert [heat is None for heat in unseen] == [False, False, True], "pneumonia has no mean then"
 
 
+def test_both_lungs_and_what_lies_between_follow_from_a_lung_mask_where_nobody_drew_more() -> None:
+    found = outlined_lungs(split_of("radiology", "validation", [*shown_rows(), *train_rows()]), SIDE)
+    kinds = [each.kind for each in found.phrases]
+    assert kinds == ["right_lung"] * 3 + ["left_lung"] * 3 + ["cardiomediastinum"] * 3
+    assert found.groups == tuple(f"patient-{i}" for i in (100, 101, 102)), "images without a mask are left out"
+    for side, phrase in zip(("right", "left"), found.phrases[0:6:3], strict=True):
+        assert np.array_equal(phrase.region, lungs()[side])
+        assert (phrase.phrase, phrase.places) == (f"{side} lung", (f"{side} lung",))
+    between = found.phrases[-1].region
+    assert between.any()
+    assert not (between & (lungs()["right"] | lungs()["left"])).any()
+
+
 def test_hand_drawn_structures_are_of_test_images_and_empty_sets_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,10 +163,10 @@ def test_hand_drawn_structures_are_of_test_images_and_empty_sets_are_named(
     priors = radiology_priors(split_of("radiology", "train", train_rows()), SIDE)
     assert priors.atlas is not None
     names = [
-        [each.name for each in radiology_sets(split_of("radiology", name, shown_rows()), priors.atlas, SIDE)]
-        for name in ("test", "validation")
+        [each.name for each in radiology_sets(split_of("radiology", name, rows), priors.atlas, SIDE)]
+        for name, rows in {"test": shown_rows(), "validation": [*shown_rows(), *train_rows()]}.items()
     ]
-    assert names == [["structures", "placed_boxes", "named_boxes"], ["placed_boxes", "named_boxes"]]
+    assert names == [["structures", "placed_boxes", "named_boxes"], ["lungs", "placed_boxes", "named_boxes"]]
     with pytest.raises(InputError, match="validation split of radiology has no region"):
         radiology_sets(split_of("radiology", "validation", [chest(0, [])]), priors.atlas, SIDE)
     (skin,) = dermatology_sets(split_of("dermatology", "test", skin_rows(0, 3)), None, SIDE)

@@ -44,6 +44,13 @@ def test_an_atlas_of_invented_lungs_has_the_mean_centre_and_a_sixth_of_the_mean_
     assert atlas.places["right costophrenic angle"][0].mu_x < right.mu_x
 
 
+def test_a_wider_spread_keeps_the_centre_and_doubles_the_mass_along_both_axes() -> None:
+    atlas = Atlas.of_boxes([place_boxes(*lungs())])
+    narrow, wide = (atlas.heat(["right lung"], (60, 60), spread=spread) for spread in (0.5, 1.0))
+    assert centre(wide) == pytest.approx(centre(narrow), abs=0.1)
+    assert wide.sum() == pytest.approx(4 * narrow.sum(), rel=0.02)
+
+
 def test_sides_are_the_patients_and_a_mirrored_image_swaps_them() -> None:
     right, left = lungs()
     atlas = Atlas.of_boxes([place_boxes(right, left)])

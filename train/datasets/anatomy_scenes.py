@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from medviz.domains.chest_places import WORDINGS
+from medviz.domains.chest_places import WORDINGS, wordings_of
 from medviz.errors import InputError
 from medviz.generation.sampling import latent_hw
 from medviz.grounding.anatomy import Segmenter
@@ -15,6 +17,29 @@ from medviz.images import to_pil
 from train.datasets.latents import encode, to_pixels
 from train.datasets.placed_findings import PlacedFinding, placed_findings
 from train.datasets.split import Split
+
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class PlacedPrompt:
+    """text: of a prompt for the image in row `index`. places: those of the image's atlas that it stands for."""
+
+    index: int
+    text: str
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How prompts are worded: `template` holds {location} and {pathology} once each.
+
+    place_share, finding_share: of prompts that name a place alone, any of the image's own, or a finding alone.
+    """
+
+    template: str
+    place_share: float = 0.0
+    finding_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,9 +53,39 @@ class Scene:
     latents: torch.Tensor
     own: tuple[Atlas | None, ...]
 
-    def atlas(self, finding: PlacedFinding, shared: Atlas) -> Atlas:
-        """Where the regions of a finding's image lie: its own, else the shared atlas."""
+    def atlas(self, finding: PlacedFinding | PlacedPrompt, shared: Atlas) -> Atlas:
+        """Where the regions of the image lie: its own, else the shared atlas."""
         return self.own[finding.index] or shared
+
+    def prompt(
+        self, finding: PlacedFinding, shared: Atlas, wording: Wording, rng: np.random.Generator | None = None
+    ) -> PlacedPrompt:
+        """A prompt for the image of a finding, drawn by `rng`; without one, the finding with its canonical place.
+
+        A place named alone is any that the image's atlas has, each as likely as the others. A finding named alone
+        stands for every place where the image has it.
+        """
+        if rng is None:
+            return _both(finding, finding.wordings[0], wording.template)
+        named = rng.random() if wording.place_share + wording.finding_share > 0 else 1.0
+        if named < wording.place_share:
+            there = self.atlas(finding, shared).places
+            places = _drawn(sorted({each for each in WORDINGS.values() if set(each) <= set(there)}), rng)
+            return PlacedPrompt(finding.index, _drawn(wordings_of(places), rng), places)
+        if named < wording.place_share + wording.finding_share:
+            alike = [f for f in self.findings if (f.index, f.finding) == (finding.index, finding.finding)]
+            places = tuple(dict.fromkeys(place for each in alike for place in WORDINGS[each.wordings[0]]))
+            return PlacedPrompt(finding.index, finding.finding, places)
+        return _both(finding, _drawn(finding.wordings, rng), wording.template)
+
+
+def _both(finding: PlacedFinding, location: str, template: str) -> PlacedPrompt:
+    text = template.format(location=location, pathology=finding.finding)
+    return PlacedPrompt(finding.index, text, WORDINGS[location])
+
+
+def _drawn(several: Sequence[Choice], rng: np.random.Generator) -> Choice:
+    return several[int(rng.integers(len(several)))]
 
 
 def open_scene(

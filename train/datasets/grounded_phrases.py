@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 
 from medviz.domains.chest_places import WORDINGS
 from medviz.domains.dermatology import STRUCTURES
+from medviz.domains.lung_places import MEDIASTINUM
 from medviz.errors import InputError
-from medviz.grounding.anatomy import Mask
+from medviz.grounding.anatomy import Mask, lung_regions
 from medviz.grounding.atlas import Atlas, Box
 from train.datasets.placed_findings import placed_boxes
 from train.datasets.split import Split, boxes, images_root
+from train.segmenter import split_lungs
 
 STRUCTURES_NAME = "test-structures.parquet"
 TEMPLATE = "{location} {pathology}"
@@ -103,19 +105,37 @@ DRAWN = (
     ),
 )  # fmt: skip
 
+OUTLINED = dict(zip(DRAWN[:3], ("right_lung", "left_lung", MEDIASTINUM), strict=True))
+"""Structures that follow from lung masks alone -> the region they are."""
+
 
 def radiology_sets(split: Split, atlas: Atlas, size_px: int, limit: int = 0) -> tuple[PhraseSet, ...]:
-    """Boxed findings of the split worded twice, with side and zone and by name alone; on `test` hand-drawn structures
-    before them, whose table lies beside the shards.
+    """Boxed findings of the split worded twice, with side and zone and by name alone; before them hand-drawn
+    structures, whose table lies beside the shards and is of `test` images, elsewhere both lungs and what lies between.
 
     size_px: side of images and regions. limit: phrases of a class, evenly spaced (0: all). Raises InputError where a
     set would be empty, or the table is missing.
     """
     boxed = [boxed_findings(split, atlas, size_px, placed=placed, limit=limit) for placed in (True, False)]
     if split.name != "test":
-        return tuple(boxed)
+        return (outlined_lungs(split, size_px, limit), *boxed)
     table = images_root() / split.domain / STRUCTURES_NAME
     return (drawn_structures(split, table, size_px, limit), *boxed)
+
+
+def outlined_lungs(split: Split, size_px: int, limit: int = 0) -> PhraseSet:
+    """Each lung of the split's lung masks, and the mediastinum between both: the first of the structures DRAWN."""
+    found = []
+    for index, record in enumerate(split.records):
+        mask = split.mask(index, "lung_mask", size_px) if record.get("lung_mask") else None
+        if mask is None or not mask.any():
+            continue
+        sides = split_lungs(mask)
+        regions = lung_regions(sides == 1, sides == 2).regions
+        for structure, region in OUTLINED.items():
+            if region in regions:
+                found.append(_grounded(index, structure, regions[region]))
+    return _phrase_set("lungs", "Lung masks", _classes(OUTLINED), found, split, size_px, limit)
 
 
 def drawn_structures(split: Split, table: Path, size_px: int, limit: int = 0) -> PhraseSet:
@@ -132,13 +152,16 @@ def drawn_structures(split: Split, table: Path, size_px: int, limit: int = 0) ->
         for index in sorted(set(rows.values())):
             parts = [masks[index, name] for name in structure.masks if (index, name) in masks]
             if parts:
-                region = np.any(parts, axis=0)
-                outlines = part_boxes(region)
-                found.append(
-                    GroundedPhrase(index, structure.name, structure.phrase, region, outlines, structure.places)
-                )
-    classes = [PhraseClass(each.name, each.name.replace("_", " ").capitalize(), each.prior) for each in DRAWN]
-    return _phrase_set("structures", "Hand-drawn masks", classes, found, split, size_px, limit)
+                found.append(_grounded(index, structure, np.any(parts, axis=0)))
+    return _phrase_set("structures", "Hand-drawn masks", _classes(DRAWN), found, split, size_px, limit)
+
+
+def _grounded(index: int, structure: _Structure, region: Mask) -> GroundedPhrase:
+    return GroundedPhrase(index, structure.name, structure.phrase, region, part_boxes(region), structure.places)
+
+
+def _classes(structures: Iterable[_Structure]) -> list[PhraseClass]:
+    return [PhraseClass(each.name, each.name.replace("_", " ").capitalize(), each.prior) for each in structures]
 
 
 def boxed_findings(split: Split, atlas: Atlas, size_px: int, *, placed: bool, limit: int = 0) -> PhraseSet:

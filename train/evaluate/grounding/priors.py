@@ -6,7 +6,7 @@ An oracle is told the true region's boxes and draws a Gaussian on each: what a m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -64,14 +64,8 @@ class Priors:
             elif self.atlas is None:
                 raise InputError(f"no training image has a region for {place}")
             else:
-                widened = [_widened(gaussian) for gaussian in self.atlas.gaussians(place)]
-                heats += [gaussian.heat(size_hw) for gaussian in widened]
+                heats.append(self.atlas.heat((place,), size_hw, spread=SIGMAS_A_SIDE / SIGMAS_A_PLACE))
         return joint_scale(np.max(heats, axis=0))[0]
-
-
-def _widened(gaussian: Gaussian) -> Gaussian:
-    scale = SIGMAS_A_SIDE / SIGMAS_A_PLACE
-    return replace(gaussian, sigma_x=gaussian.sigma_x * scale, sigma_y=gaussian.sigma_y * scale)
 
 
 def uniform(phrases: PhraseSet) -> list[HeatMap]:
