@@ -184,6 +184,7 @@ def test_a_card_shows_the_evaluation_of_its_own_files_alone(tmp_path: Path) -> N
     (tmp_path / "evaluation-a.json").write_text(json.dumps(report()))
     run(config)
     assert "## Measured\n\nNot computed." in (folder / CARD_NAME).read_text()
+    assert "`abababababab`, not those that ship;" in (tmp_path / TABLES_NAME).read_text()
     mine: dict[str, Any] = {"kind": "evaluation", "models": {"sha256": digest}}
     other = {"steps": 20, "guidance_scale": "9"}
     (tmp_path / "evaluation-a.json").write_text(json.dumps(report(**mine, settings=other)))
@@ -193,6 +194,7 @@ def test_a_card_shows_the_evaluation_of_its_own_files_alone(tmp_path: Path) -> N
     (tmp_path / "evaluation-a.json").write_text(json.dumps(report(**mine, settings=own)))
     run(config)
     assert "0.75" in (folder / CARD_NAME).read_text()
+    assert "not those that ship" not in (tmp_path / TABLES_NAME).read_text()
     assert run(config) is True
     write_card(folder)
     with pytest.raises(InputError, match=r"dermatology/README\.md does not show the reports"):

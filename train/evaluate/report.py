@@ -63,12 +63,15 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     return reports
 
 
-def tables(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of all reports, one section each, but of those that say they are for choosing; or that there is none."""
+def tables(reports: Sequence[Mapping[str, Any]], shipped: Mapping[str, str] | None = None) -> str:
+    """Markdown of all reports, one section each, but of those that say they are for choosing; or that there is none.
+
+    shipped: domain -> sha256 of the model files that ship; a report of others says so.
+    """
     reports = [report for report in reports if report.get("tables", True)]
     if not reports:
         return "No evaluation has been run yet: every figure is not computed."
-    return "\n\n".join(section(report) for report in reports)
+    return "\n\n".join(section(report, shipped) for report in reports)
 
 
 def summary(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -103,12 +106,12 @@ def _aligned(report: Mapping[str, Any], name: str, adapter: str | None) -> str:
     return NOT_COMPUTED
 
 
-def section(report: Mapping[str, Any]) -> str:
+def section(report: Mapping[str, Any], shipped: Mapping[str, str] | None = None) -> str:
     """One report as a heading, what it rests on, and its headline figures: for its default adapter, then for the others
     that were measured, or, where it compares several arms, for all of them. Figures that name a table of their own
     stand in it, and beneath are the tables of what was taken for what."""
     if report.get("arms"):
-        return "\n".join([f"### {_heading(report)}", "", _basis(report), *_arm_tables(report)])
+        return "\n".join([f"### {_heading(report)}", "", _basis(report, shipped or {}), *_arm_tables(report)])
     adapters = _adapters(report)
     changed = [
         cell for name in adapters for cell in ("aligned" if name is None else f"aligned (`{_text(name)}`)", "change")
@@ -119,7 +122,7 @@ def section(report: Mapping[str, Any]) -> str:
         header = (_text(table) or "Figure", "real images", "baseline", *changed, "n")
         rows = [_row(figure, adapters) for figure in shown if (figure.get("table") or "") == table]
         lines += ["", *_table_lines(header, rows)]
-    return "\n".join([f"### {_heading(report)}", "", _basis(report), *lines, *_confusion_lines(report)])
+    return "\n".join([f"### {_heading(report)}", "", _basis(report, shipped or {}), *lines, *_confusion_lines(report)])
 
 
 def _confusion_lines(report: Mapping[str, Any]) -> list[str]:
@@ -233,14 +236,16 @@ def _arm_cells(figure: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], wit
     return cells
 
 
-def _basis(report: Mapping[str, Any]) -> str:
+def _basis(report: Mapping[str, Any], shipped: Mapping[str, str]) -> str:
     settings = report.get("settings", {})
     parts = [f"Made by `{_text(report.get('command', NOT_COMPUTED))}` (assets/reports/{report['file']})"]
     if settings:
         parts.append(", ".join(f"{_text(name).replace('_', ' ')} {_text(value)}" for name, value in settings.items()))
     digest = report.get("models", {}).get("sha256")
     if digest or not report.get("arms"):
-        parts.append(f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`")
+        other = digest and digest != shipped.get(str(report.get("domain")), digest)
+        named = f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`"
+        parts.append(named + ", not those that ship" * bool(other))
     parts.append(_text(report.get("intervals", "brackets hold 95 % intervals, changes are paired by prompt and seed")))
     return "; ".join(parts) + "."
 
@@ -302,9 +307,11 @@ def run(config: ReportConfig) -> bool:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     reports = read_reports(Path(config.reports))
-    content = "\n\n".join([tables(reports), *histories(Path(config.reports))])
+    folders = [place.parent for place in sorted(Path(config.models).glob(f"*/{MANIFEST_NAME}"))]
+    shipped = {manifest.domain: manifest.sha256 for manifest in map(read_manifest, folders)}
+    content = "\n\n".join([tables(reports, shipped), *histories(Path(config.reports))])
     wanted = {path: replaced(text, summary(reports)), Path(config.reports) / TABLES_NAME: content + "\n"}
-    wanted |= {place.with_name(CARD_NAME): _card(place.parent, reports) for place in _manifests(Path(config.models))}
+    wanted |= {folder / CARD_NAME: _card(folder, reports) for folder in folders}
     stale = [file for file, new in wanted.items() if not file.is_file() or file.read_text(encoding="utf-8") != new]
     if not stale:
         logger.info("the tables of %s are up to date", ", ".join(map(str, wanted)))
@@ -316,10 +323,6 @@ def run(config: ReportConfig) -> bool:
         file.write_text(wanted[file], encoding="utf-8")
         logger.info("wrote the results into %s", file)
     return False
-
-
-def _manifests(models: Path) -> list[Path]:
-    return sorted(models.glob(f"*/{MANIFEST_NAME}"))
 
 
 def _card(folder: Path, reports: Sequence[Mapping[str, Any]]) -> str:
