@@ -4,9 +4,10 @@ Only the input embeddings of the sub-tokens in the places' wordings learn, as of
 encoder, unet and autoencoder are frozen. On real training images, noised to the middle of the schedule, the attention
 to a prompt "{location} {pathology}" is drawn to the location's Gaussian (L_loc) and its tokens apart (L_div).
 
-Beyond the paper, each a switch: the patient's own regions from the segmenter as target, LoRA on the keys and values of
-the cross-attention, and beside the two the denoising loss, or how well an image-text network finds the prompt in the
-picture that one step of denoising gives.
+Beyond the paper, each a switch: the patient's own regions from the segmenter as target, places and findings named
+alone, LoRA on the keys and values of the cross-attention, and beside the two the denoising loss, or how well an
+image-text network finds the prompt in the picture that one step of denoising gives. In dermoscopic images the words of
+a lesion and its structures learn to look where experts outlined them.
 """
 
 import warnings
@@ -20,11 +21,10 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
-from medviz.domains.chest_places import WORDINGS
 from medviz.errors import InputError
 from medviz.generation.sampling import decode_latents
 from medviz.grounding.anatomy import Segmenter
-from medviz.grounding.atlas import ATLAS_NAME, Atlas
+from medviz.grounding.atlas import ATLAS_NAME
 from medviz.grounding.capture import watch
 from medviz.grounding.words import content_indices
 from medviz.models.adapters import add_prompt_embeddings, loaded_adapters, save_prompt_adapter, using_adapter
@@ -34,8 +34,10 @@ from medviz.rewards.registry import TextImageNetwork
 from train import seeding
 from train.attention_losses import diversity_loss, location_loss
 from train.config import StageConfig, parse
-from train.datasets.anatomy_scenes import PlacedPrompt, Scene, Wording, open_scene
-from train.datasets.placed_findings import DOMAIN, fit_atlas
+from train.datasets.outlined_scenes import open_outlined_scene
+from train.datasets.placed_findings import fit_atlas
+from train.datasets.placed_scenes import PlacedPrompts, open_placed_scene
+from train.datasets.scenes import Scene, ScenePrompt
 from train.datasets.split import open_split
 from train.diffusion import denoised
 from train.evaluate.statistics import mean_interval, paired_difference
@@ -50,12 +52,14 @@ STAGE = "anatomy"
 class AnatomyPromptsConfig(StageConfig):
     """Options of the anatomy prompts stage."""
 
+    domain: str = "radiology"
+    """radiology: places of findings; dermatology: outlined lesions and structures."""
     base: str = "assets/models/radiology"
     """Pipeline folder that is tuned."""
     adapter: str = "anatomy"
     title: str = "Anatomy-grounded prompts"
     target: str = "atlas"
-    """atlas: the mean anatomy of the training images; segmenter: each image's own regions."""
+    """atlas: the mean anatomy of the training images; segmenter: each image's own regions; masks: of dermatology."""
     segmenter: str = "assets/models/radiology/segmenter"
     """Folder of the network that finds the lungs, for that target alone."""
     template: str = "{location} {pathology}"
@@ -99,23 +103,16 @@ class AnatomyPromptsConfig(StageConfig):
     def checked(self) -> "AnatomyPromptsConfig":
         """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
         for name, value, allowed in (
-            ("target", self.target, TARGETS),
+            ("domain", self.domain, tuple(TARGETS)),
+            ("target", self.target, TARGETS.get(self.domain, ())),
             ("layers", self.layers, tuple(LAYERS)),
         ):
             if value not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, found {value!r}")
-        if any(self.template.count(part) != 1 for part in ("{location}", "{pathology}")):
-            raise InputError(f"template must hold {{location}} and {{pathology}} once each, found {self.template!r}")
-        if not (min(self.place_share, self.finding_share) >= 0 and self.place_share + self.finding_share <= 1):
-            raise InputError(
-                "place_share and finding_share must be at least 0 and together at most 1, found "
-                f"{self.place_share} and {self.finding_share}"
-            )
-        if not self.spread > 0:
-            raise InputError(f"spread must be greater than 0, found {self.spread}")
+        self.prompts()
         if len(self.window) != 2 or not 0.0 <= self.window[0] < self.window[1] <= 1.0:
             raise InputError(f"window must be two ascending fractions in [0, 1], found {self.window}")
-        least = {"batch": 1, "levels": 1, "lora_rank": 0, "alpha": 0, "eps": 0, "jitter": 0}
+        least = {"batch": 1, "levels": 1, "lora_rank": 0, "alpha": 0, "eps": 0}
         weights = dict.fromkeys(("diversity_weight", "denoising_weight", "alignment_weight", "learning_rate"), 0)
         for name, low in (least | weights).items():
             if not getattr(self, name) >= low:
@@ -124,9 +121,13 @@ class AnatomyPromptsConfig(StageConfig):
             raise InputError(f"alignment_weight is {self.alignment_weight}, but alignment names no image-text network")
         return self
 
+    def prompts(self) -> PlacedPrompts:
+        """How prompts are made of placed findings. Raises as `checked`."""
+        return PlacedPrompts(self.template, self.place_share, self.finding_share, self.jitter, self.spread)
+
 
 Maps = Mapping[str, torch.Tensor]
-TARGETS = ("atlas", "segmenter")
+TARGETS = {"radiology": ("atlas", "segmenter"), "dermatology": ("masks",)}
 
 
 def _decoder(maps: Maps) -> list[str]:
@@ -145,13 +146,12 @@ LAYERS: dict[str, Callable[[Maps, int], list[str]]] = {
 
 
 class AnatomyPromptsLearner:
-    """Learns the embeddings of the places' words; see `train.loop.Learner`."""
+    """Learns the embeddings of the scene's phrases; see `train.loop.Learner`."""
 
     def __init__(
         self,
         config: AnatomyPromptsConfig,
         pipeline: StableDiffusionPipeline,
-        atlas: Atlas,
         train: Scene,
         validation: Scene | None = None,
         alignment: TextImageNetwork | None = None,
@@ -166,14 +166,13 @@ class AnatomyPromptsLearner:
             raise InputError(f"the pipeline already holds an adapter {config.adapter!r}; train on the plain baseline")
         if config.alignment_weight > 0 and alignment is None:
             raise InputError("the image-text loss has a weight but no network")
-        self.pipeline, self.atlas, self.train, self.validation = pipeline, atlas, train, validation
+        self.pipeline, self.train, self.validation = pipeline, train, validation
         self.alignment = alignment if config.alignment_weight > 0 else None
-        self.wording = Wording(config.template, config.place_share, config.finding_share)
         for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
             module.requires_grad_(False).eval()
         self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         width = pipeline.text_encoder.config.hidden_size
-        self.embeddings = PromptEmbeddings(pipeline.tokenizer, list(WORDINGS), width)
+        self.embeddings = PromptEmbeddings(pipeline.tokenizer, train.phrases, width)
         self.embeddings.offsets.data = self.embeddings.offsets.data.to(config.device)
         self.embeddings.offsets.requires_grad_(True)
         add_prompt_embeddings(pipeline, config.adapter, self.embeddings)
@@ -209,15 +208,14 @@ class AnatomyPromptsLearner:
     def losses(
         self,
         scene: Scene,
-        prompts: Sequence[PlacedPrompt],
+        prompts: Sequence[ScenePrompt],
         noise: torch.Tensor,
         timesteps: torch.Tensor,
-        jitter: Sequence[np.random.Generator] | None,
     ) -> dict[str, torch.Tensor]:
         """location, diversity, denoising and, with a weight, alignment loss of each prompt (B,), with the adapter as
         it is switched now.
 
-        noise (B, C, h, w); timesteps (B, T) int64; jitter: a generator for each prompt, or None for none.
+        noise (B, C, h, w); timesteps (B, T) int64.
         """
         config, levels, device = self.config, timesteps.shape[1], self.config.device
         texts = [prompt.text for prompt in prompts]
@@ -235,9 +233,8 @@ class AnatomyPromptsLearner:
         location, diversity = [], []
         for row, prompt in enumerate(prompts):
             tokens = list(content_indices(self.pipeline.tokenizer, texts[row]))
-            region = self._region(scene.atlas(prompt, self.atlas), prompt.places, jitter[row] if jitter else None)
             mine = [maps[layer][row * levels : (row + 1) * levels, ..., tokens].movedim(-1, 1) for layer in layers]
-            targets = [torch.from_numpy(region((each.shape[-2], each.shape[-1]))).to(each) for each in mine]
+            targets = [torch.from_numpy(prompt.heat((each.shape[-2], each.shape[-1]))).to(each) for each in mine]
             pairs = zip(mine, targets, strict=True)
             location.append(torch.stack([location_loss(*each, config.alpha, config.eps) for each in pairs]).mean())
             diversity.append(torch.stack([diversity_loss(each) for each in mine]).mean())
@@ -253,17 +250,17 @@ class AnatomyPromptsLearner:
         return losses
 
     def update(self, step: int) -> dict[str, float]:
-        config, prompts, jitter = self.config, [], []
-        chosen = seeding.batch_indices(len(self.train.findings), config.batch, step, config.seed, STAGE)
+        config = self.config
+        chosen = seeding.batch_indices(len(self.train), config.batch, step, config.seed, STAGE)
         samples = range(step * config.batch, (step + 1) * config.batch)
-        for sample, row in zip(samples, chosen, strict=True):
-            rng = seeding.numpy_generator(config.seed, STAGE, "target", sample)
-            prompts.append(self.train.prompt(self.train.findings[row], self.atlas, self.wording, rng))
-            jitter.append(rng)
+        prompts = [
+            self.train.prompt(int(row), seeding.numpy_generator(config.seed, STAGE, "target", sample))
+            for sample, row in zip(samples, chosen, strict=True)
+        ]
         noise = seeding.normal(tuple(self.train.latents.shape[1:]), config.seed, "anatomy-noise", 0, list(samples))
         offset = seeding.numpy_generator(config.seed, STAGE, "levels", step).random((config.batch, 1))
         with using_adapter(self.pipeline.unet, config.adapter):
-            losses = self.losses(self.train, prompts, noise, self._timesteps(offset), jitter)
+            losses = self.losses(self.train, prompts, noise, self._timesteps(offset))
             means = {name: loss.mean() for name, loss in losses.items()}
             loss = means["location_loss"] + config.diversity_weight * means["diversity_loss"]
             if config.denoising_weight > 0:
@@ -283,20 +280,6 @@ class AnatomyPromptsLearner:
         low, high = config.window
         return torch.from_numpy(np.round((low + (high - low) * places) * last).astype(np.int64))
 
-    def _region(
-        self, atlas: Atlas, places: Sequence[str], rng: np.random.Generator | None
-    ) -> Callable[[tuple[int, int]], np.ndarray]:
-        """G of places on any grid; the jitter is drawn once, so that every layer sees one target."""
-        seed = None if rng is None else int(rng.integers(2**63))
-        jitter, spread = self.config.jitter, self.config.spread
-
-        def region(grid_hw: tuple[int, int]) -> np.ndarray:
-            again = None if seed is None else np.random.Generator(np.random.Philox(seed))
-            moved = 0.0 if again is None else jitter
-            return atlas.heat(places, grid_hw, jitter=moved, rng=again, spread=spread)
-
-        return region
-
     def state(self) -> dict[str, Any]:
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         return {"weights": weights, "optimizer": self.optimizer.state_dict()}
@@ -312,17 +295,19 @@ class AnatomyPromptsLearner:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """Write the adapter's folder with its atlas; returns its losses on validation images beside the baseline's."""
+        """Write the adapter's folder, with the atlas if there is one; returns its losses on validation images beside
+        the baseline's."""
         metrics: dict[str, Any] = {
             "learned_tokens": len(self.embeddings.ids),
             "lora_parameters": sum(weight.numel() for weight in self.lora.values()),
-            "train_prompts": len(self.train.findings),
+            "train_prompts": len(self.train),
             "train_images": len(self.train.latents),
             "validation": self.figures(),
         }
         details = {"title": self.config.title, "recipe": asdict(self.config), "metrics": metrics}
         save_prompt_adapter(self.pipeline.unet, folder, self.config.adapter, details=details)
-        self.atlas.write(folder / ATLAS_NAME)
+        if self.train.atlas is not None:
+            self.train.atlas.write(folder / ATLAS_NAME)
         return metrics
 
     def figures(self, count: int = 128) -> dict[str, Any]:
@@ -334,17 +319,17 @@ class AnatomyPromptsLearner:
         if self.validation is None:
             names = ("location_loss", "diversity_loss", "denoising_loss")
             return dict.fromkeys((*names, "alignment_loss") if self.alignment is not None else names)
+        prompts = [self.validation.prompt(row) for row in range(min(count, len(self.validation)))]
         found: dict[str | None, dict[str, list[float]]] = {}
         for adapter in (None, self.config.adapter):
             found[adapter] = {}
-            for row, finding in enumerate(self.validation.findings[:count]):
+            for row, prompt in enumerate(prompts):
                 noise = seeding.normal(tuple(self.validation.latents.shape[1:]), 0, "anatomy-validation", 0, [row])
                 with torch.no_grad(), using_adapter(self.pipeline.unet, adapter):
-                    prompt = self.validation.prompt(finding, self.atlas, self.wording)
-                    losses = self.losses(self.validation, [prompt], noise, self._timesteps(np.full((1, 1), 0.5)), None)
+                    losses = self.losses(self.validation, [prompt], noise, self._timesteps(np.full((1, 1), 0.5)))
                 for name, loss in losses.items():
                     found[adapter].setdefault(name, []).append(loss.item())
-        images = [finding.index for finding in self.validation.findings[:count]]
+        images = [prompt.index for prompt in prompts]
         baseline, adapted = ({n: _image_means(v, images) for n, v in each.items()} for each in found.values())
         return {
             name: {
@@ -363,19 +348,35 @@ def _image_means(values: Sequence[float], images: Sequence[int]) -> np.ndarray:
     )
 
 
+def _placed(config: AnatomyPromptsConfig, pipeline: StableDiffusionPipeline) -> list[Scene]:
+    segmenter = Segmenter.load(config.segmenter, config.device) if config.target == "segmenter" else None
+    splits = [open_split(config.domain, name) for name in ("train", "validation")]
+    atlas = fit_atlas(splits[0])
+    return [
+        open_placed_scene(split, pipeline, atlas, notes=config.notes, segmenter=segmenter, prompts=config.prompts())
+        for split in splits
+    ]
+
+
+def _outlined(config: AnatomyPromptsConfig, pipeline: StableDiffusionPipeline) -> list[Scene]:
+    return [open_outlined_scene(open_split(config.domain, name), pipeline) for name in ("train", "validation")]
+
+
+# domain -> its scenes of training and of validation images
+SCENES: dict[str, Callable[[AnatomyPromptsConfig, StableDiffusionPipeline], list[Scene]]] = {
+    "radiology": _placed,
+    "dermatology": _outlined,
+}
+
+
 def run(config: AnatomyPromptsConfig) -> dict[str, Any] | None:
     """Train one adapter; returns its metrics, None where `max_minutes` was over first. Raises InputError for options
     out of range and images that are missing, ModelError for a base or networks that do not hold up."""
     config.checked()
     pipeline = open_pipeline(config.base, config.device)
-    segmenter = Segmenter.load(config.segmenter, config.device) if config.target == "segmenter" else None
-    train, validation = (open_split(DOMAIN, name) for name in ("train", "validation"))
-    atlas = fit_atlas(train)
-    scenes = [
-        open_scene(split, pipeline, atlas, notes=config.notes, segmenter=segmenter) for split in (train, validation)
-    ]
+    train, validation = SCENES[config.domain](config, pipeline)
     alignment = AlignmentNetwork.load(config.alignment, config.device) if config.alignment_weight > 0 else None
-    return fit(AnatomyPromptsLearner(config, pipeline, atlas, scenes[0], scenes[1], alignment), config)
+    return fit(AnatomyPromptsLearner(config, pipeline, train, validation, alignment), config)
 
 
 def main(arguments: list[str]) -> None:

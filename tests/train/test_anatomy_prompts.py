@@ -22,11 +22,15 @@ from medviz.grounding.atlas import Atlas, Gaussian, place_boxes
 from medviz.grounding.capture import watch
 from medviz.models.adapters import load_adapter, using_adapter
 from tests import tiny
+from tests.train.grounding_scenes import skin_rows, split_of
 from train.anatomy_prompts import LAYERS, AnatomyPromptsConfig, AnatomyPromptsLearner
 from train.attention_losses import diversity_loss, location_loss
 from train.config import read_recipe
-from train.datasets.anatomy_scenes import PlacedPrompt, Scene, Wording, open_scene
+from train.datasets.grounded_phrases import dermoscopic_masks
+from train.datasets.outlined_scenes import open_outlined_scene, share_of_cells
 from train.datasets.placed_findings import PlacedFinding, fit_atlas, imaging_sentences, placed_findings
+from train.datasets.placed_scenes import PlacedPrompts, PlacedScene, open_placed_scene
+from train.datasets.scenes import ScenePrompt
 from train.datasets.split import Split
 from train.diffusion import denoised
 from train.loop import fit
@@ -44,12 +48,12 @@ def lungs() -> tuple[np.ndarray, np.ndarray]:
 ATLAS = Atlas.of_boxes([place_boxes(*lungs())])
 
 
-def scene(count: int = 6) -> Scene:
+def scene(count: int = 6, **prompts) -> PlacedScene:
     wordings = ("left lower zone", "right upper zone", "left hilum")
     findings = [PlacedFinding(i, "lung opacity", (wordings[i % 3],), "box") for i in range(count)]
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(count, tiny.LATENT_CHANNELS, tiny.SAMPLE_SIZE, tiny.SAMPLE_SIZE, generator=generator)
-    return Scene(tuple(findings), latents, (None,) * count)
+    return PlacedScene(tuple(findings), latents, (None,) * count, ATLAS, PlacedPrompts(**prompts))
 
 
 def config(out: Path, **options) -> AnatomyPromptsConfig:
@@ -58,7 +62,9 @@ def config(out: Path, **options) -> AnatomyPromptsConfig:
 
 
 def learner(out: Path, **options) -> AnatomyPromptsLearner:
-    return AnatomyPromptsLearner(config(out, **options), tiny.make_pipeline("radiology"), ATLAS, scene(), scene(2))
+    made = config(out, **options)
+    shown = replace(scene(), prompts=made.prompts())
+    return AnatomyPromptsLearner(made, tiny.make_pipeline("radiology"), shown, scene(2))
 
 
 def test_diversity_is_the_mean_squared_cosine_over_pairs() -> None:
@@ -122,25 +128,38 @@ def test_the_loss_falls_and_attention_moves_to_the_place(tmp_path: Path) -> None
 
 def test_a_place_or_a_finding_named_alone_is_drawn_to_all_that_it_means() -> None:
     twice = PlacedFinding(0, "lung opacity", ("right upper zone", "right upper lobe"), "box")
-    shown = replace(scene(), findings=(*scene().findings, twice))
-    finding, rng = shown.findings[0], np.random.default_rng(0)
+    grid, rng = (16, 16), np.random.default_rng(0)
 
-    def drawn(**shares: float) -> list[PlacedPrompt]:
-        return [shown.prompt(finding, ATLAS, Wording("{location} {pathology}", **shares), rng) for _ in range(400)]
+    def prompts(**options) -> list[ScenePrompt]:
+        shown = scene(**options)
+        return [replace(shown, findings=(*shown.findings, twice)).prompt(0, rng) for _ in range(400)]
 
-    alone = drawn(place_share=1.0)
-    assert {prompt.places for prompt in alone} == set(WORDINGS.values()), "every place of the atlas, synonyms too"
-    assert all(WORDINGS[prompt.text] == prompt.places for prompt in alone)
-    assert len({prompt.text for prompt in alone if prompt.places == ("left lower zone",)}) == 3
-    assert set(drawn(finding_share=1.0)) == {PlacedPrompt(0, "lung opacity", ("left lower zone", "right upper zone"))}
-    both = PlacedPrompt(0, "left lower zone lung opacity", ("left lower zone",))
-    assert set(drawn()) == {both}
-    assert shown.prompt(finding, ATLAS, Wording("{pathology} of the {location}", 0.5, 0.5)) == PlacedPrompt(
-        0, "lung opacity of the left lower zone", ("left lower zone",)
-    ), "what is measured has no chance in it"
-    mixed = drawn(place_share=0.5, finding_share=0.25)
-    shares = [np.mean([p == both for p in mixed]), np.mean([p.text == "lung opacity" for p in mixed])]
+    def places(prompt: ScenePrompt, spread: float = 1.0) -> list[tuple[str, ...]]:
+        return [
+            p for p in set(WORDINGS.values()) if np.array_equal(prompt.heat(grid), ATLAS.heat(p, grid, spread=spread))
+        ]
+
+    alone = prompts(place_share=1.0, spread=2.0)
+    assert {WORDINGS[prompt.text] for prompt in alone} == set(WORDINGS.values()), "every place of the atlas"
+    assert all(WORDINGS[prompt.text] in places(prompt, 2.0) for prompt in alone)
+    assert len({p.text for p in alone if WORDINGS[p.text] == ("left lower zone",)}) == 3, "synonyms too"
+    named = prompts(finding_share=1.0)
+    assert {(prompt.index, prompt.text) for prompt in named} == {(0, "lung opacity")}
+    union = ATLAS.heat(("left lower zone", "right upper zone"), grid)
+    assert all(np.array_equal(prompt.heat(grid), union) for prompt in named)
+    assert {prompt.text for prompt in prompts()} == {"left lower zone lung opacity"}
+    fixed = scene(template="{pathology} of the {location}", place_share=0.5, finding_share=0.5, jitter=0.1).prompt(0)
+    assert fixed.text == "lung opacity of the left lower zone", "what is measured has no chance in it"
+    assert places(fixed) == [("left lower zone",)]
+    texts = [prompt.text for prompt in prompts(place_share=0.5, finding_share=0.25)]
+    shares = [np.mean([text == t for text in texts]) for t in ("left lower zone lung opacity", "lung opacity")]
     assert shares == pytest.approx([0.25, 0.25], abs=0.07)
+
+
+def test_every_layer_sees_one_jittered_target() -> None:
+    moved = scene(jitter=0.2).prompt(0, np.random.default_rng(3))
+    assert np.array_equal(moved.heat((8, 8)), moved.heat((8, 8)))
+    assert not np.allclose(moved.heat((8, 8)), scene().prompt(0).heat((8, 8)), atol=1e-3)
 
 
 def test_words_of_places_that_no_finding_lies_in_learn_where_places_are_named_alone(tmp_path: Path) -> None:
@@ -169,7 +188,7 @@ def test_the_image_text_loss_moves_what_the_prompt_draws(tmp_path: Path) -> None
     for weight in (0.0, 100.0):
         tuned = AnatomyPromptsLearner(
             config(tmp_path, alignment_weight=weight, **options),
-            tiny.make_pipeline("radiology"), ATLAS, scene(), scene(2), Darkness(),
+            tiny.make_pipeline("radiology"), scene(), scene(2), Darkness(),
         )  # fmt: skip
         for step in range(20):
             tuned.update(step)
@@ -218,7 +237,7 @@ def test_the_exported_folder_is_an_adapter_with_its_atlas(tmp_path: Path) -> Non
     folder = tmp_path / "model"
     assert json.loads((folder / "adapter.json").read_text())["kind"] == "anatomy_prompts"
     assert Atlas.read(folder / "atlas.json") == ATLAS
-    other = AnatomyPromptsLearner(config(tmp_path, adapter="fresh"), tiny.make_pipeline("radiology"), ATLAS, scene())
+    other = AnatomyPromptsLearner(config(tmp_path, adapter="fresh"), tiny.make_pipeline("radiology"), scene())
     load_adapter(other.pipeline, folder, "anatomy")
     for name in ("anatomy", None):
         with using_adapter(tuned.pipeline.unet, name), using_adapter(other.pipeline.unet, name), torch.no_grad():
@@ -228,7 +247,7 @@ def test_the_exported_folder_is_an_adapter_with_its_atlas(tmp_path: Path) -> Non
         assert torch.equal(tuned.embed(["no finding"])[0], ours[1])
         assert not torch.equal(tuned.embed(["left hilum lung opacity"])[0], ours[0])
     with pytest.raises(InputError, match="already holds an adapter"):
-        AnatomyPromptsLearner(config(tmp_path), tuned.pipeline, ATLAS, scene())
+        AnatomyPromptsLearner(config(tmp_path), tuned.pipeline, scene())
 
 
 def test_a_mirrored_phrase_on_a_mirrored_atlas_has_the_mirrored_target() -> None:
@@ -258,6 +277,8 @@ def test_the_layers_follow_the_paper_or_the_grid(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"target": "guess"}, "target must be one of atlas, segmenter"),
+        ({"domain": "dermatology"}, "target must be one of masks"),
+        ({"domain": "elsewhere"}, "domain must be one of radiology, dermatology"),
         ({"layers": "all"}, "layers must be one of"),
         ({"template": "{location}"}, "template must hold"),
         ({"window": (0.6, 0.3)}, "two ascending fractions"),
@@ -274,6 +295,8 @@ def test_options_out_of_range_are_named(tmp_path: Path, options: dict, message: 
 
 def test_the_recipe_reads() -> None:
     assert read_recipe(RECIPES / "anatomy-radiology-cpu.yaml", AnatomyPromptsConfig).checked().target == "atlas"
+    skin = read_recipe(RECIPES / "structures-dermatology-gpu.yaml", AnatomyPromptsConfig).checked()
+    assert (skin.domain, skin.target) == ("dermatology", "masks")
 
 
 def png(pixels: np.ndarray) -> dict[str, object]:
@@ -325,10 +348,10 @@ def test_findings_are_placed_by_box_and_by_note_and_test_images_are_never_learnt
         (1, "lung opacity", "right upper zone", "note"),
     ]
     assert placed_findings(split(), ATLAS, notes=False) == found[:1]
-    opened = open_scene(split(), pipeline, ATLAS, notes=True)
+    opened = open_placed_scene(split(), pipeline, ATLAS, notes=True)
     assert opened.latents.shape == (2, tiny.LATENT_CHANNELS, 8, 8)
     with pytest.raises(InputError, match="test split"):
-        open_scene(split("test"), pipeline, ATLAS, notes=True)
+        open_placed_scene(split("test"), pipeline, ATLAS, notes=True)
 
 
 def test_notes_are_reduced_to_what_this_image_shows() -> None:
@@ -344,20 +367,58 @@ def test_the_patients_own_regions_stand_in_for_the_atlas(tmp_path: Path, monkeyp
     pipeline = tiny.make_pipeline("radiology")
     segmenter = Segmenter.load(tiny.make_segmenter_folder(tmp_path / "segmenter", "radiology"))
     with pytest.raises(InputError, match="no image of the train split"):
-        open_scene(split(), pipeline, ATLAS, notes=True, segmenter=segmenter)  # an untrained one finds no lungs
+        open_placed_scene(split(), pipeline, ATLAS, notes=True, segmenter=segmenter)  # an untrained one finds no lungs
     low = tuple(np.roll(mask, 8, axis=0) for mask in lungs())
     logits = torch.full((3, SIDE, SIDE), -9.0)
     logits[0] = 0.0
     logits[1][torch.from_numpy(low[0])] = 9.0
     logits[2][torch.from_numpy(low[1])] = 9.0
     monkeypatch.setattr(segmenter, "probabilities", lambda images: logits.softmax(dim=0)[None])
-    opened = open_scene(split(), pipeline, ATLAS, notes=True, segmenter=segmenter)
-    own = opened.atlas(opened.findings[0], ATLAS)
+    opened = open_placed_scene(split(), pipeline, ATLAS, notes=True, segmenter=segmenter)
+    own = opened.own[0]
+    assert own is not None
     shift = own.places["left lung"][0].mu_y - ATLAS.places["left lung"][0].mu_y
     assert shift == pytest.approx(8 / SIDE)
     assert isinstance(own.places["left lung"][0], Gaussian)
-    tuned = AnatomyPromptsLearner(config(tmp_path, target="segmenter"), pipeline, ATLAS, opened)
+    tuned = AnatomyPromptsLearner(config(tmp_path, target="segmenter"), pipeline, opened)
     assert tuned.update(0)["location_loss"] > 0
+
+
+def outlined(name: str = "train") -> Split:
+    return split_of("dermatology", name, skin_rows(0, 3))
+
+
+def test_phrases_that_experts_outlined_take_turns_and_are_drawn_to_their_masks() -> None:
+    opened = open_outlined_scene(outlined(), tiny.make_pipeline("dermatology"))
+    assert opened.latents.shape[1:] == (tiny.LATENT_CHANNELS, tiny.SAMPLE_SIZE, tiny.SAMPLE_SIZE)
+    prompts = [opened.prompt(row) for row in range(len(opened))]
+    texts = [prompt.text for prompt in prompts]
+    assert set(texts) == set(opened.phrases) == {phrase for _, phrase in dermoscopic_masks().values()}
+    assert texts.count("lesion") == texts.count("streaks"), "a rare one as often as a common one"
+    for row, prompt in enumerate(prompts):
+        again = opened.prompt(row, np.random.default_rng(row))
+        assert (again.index, again.text) == (prompt.index, prompt.text)
+        assert np.array_equal(again.heat((4, 4)), prompt.heat((4, 4)))
+    heat = share_of_cells(np.kron(np.array([[1, 0], [0, 0]]), np.ones((8, 8))).astype(bool), (4, 4))
+    assert heat.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    with pytest.raises(InputError, match="test split"):
+        open_outlined_scene(outlined("test"), tiny.make_pipeline("dermatology"))
+
+
+def test_words_of_structures_learn_to_look_where_they_are_outlined(tmp_path: Path) -> None:
+    shown = open_outlined_scene(outlined(), tiny.make_pipeline("dermatology"))
+    made = config(
+        tmp_path, domain="dermatology", target="masks", lora_rank=2, diversity_weight=0.0, adapter="structures"
+    )
+    tuned = AnatomyPromptsLearner(made.checked(), tiny.make_pipeline("dermatology"), shown, shown)
+    for step in range(30):
+        tuned.update(step)
+    metrics = tuned.export(tmp_path / "model")
+    assert metrics["validation"]["location_loss"]["change"]["value"] < 0
+    ids = tuned.pipeline.tokenizer(list(shown.phrases), add_special_tokens=False).input_ids
+    assert metrics["learned_tokens"] == len({token for each in ids for token in each})
+    assert not (tmp_path / "model" / "atlas.json").exists()
+    load_adapter(tiny.make_pipeline("dermatology"), tmp_path / "model", "structures")
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
