@@ -44,7 +44,8 @@ from train.evaluate.statistics import mean_interval, paired_difference
 from train.loop import fit
 from train.rl.trainer import open_pipeline
 
-VALUES = ("attn2.to_k", "attn2.to_v")
+KEYS_AND_VALUES = ("attn2.to_k", "attn2.to_v")
+QUERIES = "attn2.to_q"
 STAGE = "anatomy"
 
 
@@ -97,6 +98,8 @@ class AnatomyPromptsConfig(StageConfig):
     lora_rank: int = 0
     """Rank of LoRA on keys and values of the cross-attention; 0: none."""
     lora_alpha: float = 8.0
+    lora_queries: bool = False
+    """Also LoRA on the queries of the cross-attention: on what the picture is asked by, not by words alone."""
     min_snr_gamma: float = 5.0
     """Of the denoising loss."""
 
@@ -185,7 +188,8 @@ class AnatomyPromptsLearner:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             torch.manual_seed(seeding.key(config.seed, STAGE, "weights"))
-            options = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(VALUES))
+            layers = [*KEYS_AND_VALUES, *([QUERIES] if config.lora_queries else [])]
+            options = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers)
             unet.add_adapter(options, config.adapter)
         mine = {n: w for n, w in unet.named_parameters() if f".{config.adapter}." in n and "lora_" in n}
         for weight in mine.values():
