@@ -154,9 +154,13 @@ $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 train: train-dermatology train-radiology
 	$(BIN)/python -m train report
 
-# What looks for places, of chest X-rays alone.
+# What looks for places in chest X-rays and, where it ships, for structures in dermoscopic images.
 $(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(call GENERATOR,radiology) segmenter-radiology-$(PRESET)))
 train-radiology runs/spectrum-radiology-$(PRESET)/metrics.json: | runs/anatomy-own-radiology-$(PRESET)/metrics.json
+ifneq ($(PRESET),cpu)
+$(eval $(call stage,anatomy_prompts,structures-dermatology-$(PRESET),$(call GENERATOR,dermatology)))
+train-dermatology: | runs/structures-dermatology-$(PRESET)/metrics.json
+endif
 
 ifeq ($(PRESET),cpu)
 $(eval $(call stage,diffusion,wider-dermatology-cpu,longer-dermatology-cpu))
