@@ -16,7 +16,7 @@ from medviz.models.card import CARD_NAME, write_card
 from medviz.models.manifest import read_manifest, write_manifest
 from train.evaluate.contact_sheet import contact_sheet, evenly_spaced, write_sheet
 from train.evaluate.figures import Figure
-from train.evaluate.generated import told
+from train.evaluate.generated import rests_on, told
 from train.evaluate.report import (
     BEGIN,
     END,
@@ -199,6 +199,35 @@ def test_a_card_shows_the_evaluation_of_its_own_files_alone(tmp_path: Path) -> N
     write_card(folder)
     with pytest.raises(InputError, match=r"dermatology/README\.md does not show the reports"):
         run(replace(config, check=True))
+
+
+def test_an_evaluation_stays_true_of_a_folder_until_a_part_that_it_rests_on_changes(tmp_path: Path) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "models/dermatology"
+    for name in ("unet", "judge", "rewards/attribute"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    readme.write_text(README)
+    manifest = write_manifest(folder, {"domain": "dermatology"})
+    config = ReportConfig(reports=str(tmp_path), readme=str(readme), models=str(tmp_path / "models"))
+    measured = report(
+        kind="evaluation",
+        models={"sha256": manifest.sha256, **rests_on(manifest.files, manifest.files, {"baseline": None}, None)},
+        settings={"steps": 20, "guidance_scale": told(manifest, 20, Guidance(DEFAULT_GUIDANCE_SCALE))},
+    )
+    (tmp_path / "evaluation-a.json").write_text(json.dumps(measured))
+    for part, holds, said in (
+        ("segmenter", True, "of which all that it rests on ships"),
+        ("adapters/other", True, "of which all that it rests on ships"),
+        ("judge", False, "not those that ship"),
+    ):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "more.json").write_text("{}")
+        if part.startswith("adapters"):
+            (folder / part / "adapter.json").write_text('{"kind": "lora"}')
+        write_manifest(folder, {"domain": "dermatology"})
+        run(config)
+        assert ("0.75" in (folder / CARD_NAME).read_text()) is holds, part
+        assert said in (tmp_path / TABLES_NAME).read_text()
 
 
 @pytest.mark.parametrize(("count", "chosen", "expected"), [(5, 8, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (9, 1, [0])])

@@ -100,6 +100,22 @@ def eyes_digest(files: Mapping[str, FileRecord]) -> str:
     return _digest(files, ("judge/", "features/"))
 
 
+def rests_on(
+    files: Mapping[str, FileRecord],
+    eyes: Mapping[str, FileRecord],
+    rows: Mapping[str, str | None],
+    few_steps: FewSteps | None,
+) -> dict[str, Any]:
+    """sha256 of what the figures of an evaluation rest on: the weights that drew each row (its adapter, None for none),
+    the eyes that looked and the reward. An adapter that is not among them changes nothing."""
+    also = few_steps.adapter if few_steps else None
+    return {
+        "eyes": eyes_digest(eyes),
+        "reward": _digest(files, ("rewards/",)),
+        "weights": {row: weights_digest(files, adapter, also) for row, adapter in rows.items()},
+    }
+
+
 def _digest(files: Mapping[str, FileRecord], parts: tuple[str, ...]) -> str:
     lines = [f"{name} {record.sha256}" for name, record in sorted(files.items()) if name.startswith(parts)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

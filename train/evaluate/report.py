@@ -19,7 +19,7 @@ from medviz.errors import InputError
 from medviz.generation.guidance import Guidance
 from medviz.limits import DEFAULT_GUIDANCE_SCALE
 from medviz.models.card import CARD_NAME, folder_card
-from medviz.models.manifest import MANIFEST_NAME, read_manifest
+from medviz.models.manifest import MANIFEST_NAME, Manifest, read_manifest
 from medviz.results import TABLES_NAME
 from train.evaluate import history
 
@@ -63,11 +63,12 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     return reports
 
 
-def tables(reports: Sequence[Mapping[str, Any]], shipped: Mapping[str, str] | None = None) -> str:
-    """Markdown of all reports, one section each, but of those that say they are for choosing; or that there is none.
+Shipped = Mapping[str, Manifest]
+"""Domain -> the manifest of its model folder; a report that was measured on other files says so."""
 
-    shipped: domain -> sha256 of the model files that ship; a report of others says so.
-    """
+
+def tables(reports: Sequence[Mapping[str, Any]], shipped: Shipped | None = None) -> str:
+    """Markdown of all reports, one section each, but of those that say they are for choosing; or that there is none."""
     reports = [report for report in reports if report.get("tables", True)]
     if not reports:
         return "No evaluation has been run yet: every figure is not computed."
@@ -106,7 +107,7 @@ def _aligned(report: Mapping[str, Any], name: str, adapter: str | None) -> str:
     return NOT_COMPUTED
 
 
-def section(report: Mapping[str, Any], shipped: Mapping[str, str] | None = None) -> str:
+def section(report: Mapping[str, Any], shipped: Shipped | None = None) -> str:
     """One report as a heading, what it rests on, and its headline figures: for its default adapter, then for the others
     that were measured, or, where it compares several arms, for all of them. Figures that name a table of their own
     stand in it, and beneath are the tables of what was taken for what."""
@@ -236,18 +237,41 @@ def _arm_cells(figure: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], wit
     return cells
 
 
-def _basis(report: Mapping[str, Any], shipped: Mapping[str, str]) -> str:
+def _basis(report: Mapping[str, Any], shipped: Shipped) -> str:
     settings = report.get("settings", {})
     parts = [f"Made by `{_text(report.get('command', NOT_COMPUTED))}` (assets/reports/{report['file']})"]
     if settings:
         parts.append(", ".join(f"{_text(name).replace('_', ' ')} {_text(value)}" for name, value in settings.items()))
     digest = report.get("models", {}).get("sha256")
     if digest or not report.get("arms"):
-        other = digest and digest != shipped.get(str(report.get("domain")), digest)
         named = f"model files sha256 `{_text(digest)[:12] if digest else NOT_COMPUTED}`"
-        parts.append(named + ", not those that ship" * bool(other))
+        manifest = shipped.get(str(report.get("domain"))) if digest else None
+        parts.append(named + (f", {_how_shipped(report, manifest)}" if manifest else ""))
     parts.append(_text(report.get("intervals", "brackets hold 95 % intervals, changes are paired by prompt and seed")))
     return "; ".join(parts) + "."
+
+
+def _how_shipped(report: Mapping[str, Any], manifest: Manifest) -> str:
+    if report["models"]["sha256"] == manifest.sha256:
+        return "those that ship"
+    return "of which all that it rests on ships" if rests_on_these(report, manifest) else "not those that ship"
+
+
+def rests_on_these(report: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Whether an evaluation was measured on these files, or differs in none that its figures rest on."""
+    from train.evaluate.generated import few_steps_of, rests_on  # heavy
+
+    models = report.get("models", {})
+    if models.get("sha256") == manifest.sha256:
+        return True
+    if not {"eyes", "weights"} <= models.keys():
+        return False
+    guidance = Guidance.of_recipe(manifest.recipe, manifest.domain, DEFAULT_GUIDANCE_SCALE)
+    few_steps = few_steps_of(manifest, report["settings"].get("steps", 0), guidance)
+    rows = {row: row if row in manifest.adapters else None for row in models["weights"]}
+    files = {**(manifest.hub.files if manifest.hub else {}), **manifest.files}
+    # a report of an earlier version names no reward
+    return all(models.get(part, digest) == digest for part, digest in rests_on(files, files, rows, few_steps).items())
 
 
 def _row(figure: Mapping[str, Any], adapters: Sequence[str | None]) -> tuple[str, ...]:
@@ -308,7 +332,7 @@ def run(config: ReportConfig) -> bool:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     reports = read_reports(Path(config.reports))
     folders = [place.parent for place in sorted(Path(config.models).glob(f"*/{MANIFEST_NAME}"))]
-    shipped = {manifest.domain: manifest.sha256 for manifest in map(read_manifest, folders)}
+    shipped = {manifest.domain: manifest for manifest in map(read_manifest, folders)}
     content = "\n\n".join([tables(reports, shipped), *histories(Path(config.reports))])
     wanted = {path: replaced(text, summary(reports)), Path(config.reports) / TABLES_NAME: content + "\n"}
     wanted |= {folder / CARD_NAME: _card(folder, reports) for folder in folders}
@@ -326,16 +350,17 @@ def run(config: ReportConfig) -> bool:
 
 
 def _card(folder: Path, reports: Sequence[Mapping[str, Any]]) -> str:
-    """The card of a model folder with the tables of its evaluations: of these very files, drawn as the folder draws."""
+    """A model folder's card with the tables of its evaluations: of files that it has, drawn as it draws."""
     from train.evaluate.generated import told  # heavy
 
     manifest = read_manifest(folder)
     guidance = Guidance.of_recipe(manifest.recipe, manifest.domain, DEFAULT_GUIDANCE_SCALE)
     measured = [
-        section(report)
+        section(report, {manifest.domain: manifest})
         for report in reports
         if report.get("kind") == "evaluation"
-        and report.get("models", {}).get("sha256") == manifest.sha256
+        and report.get("domain") == manifest.domain
+        and rests_on_these(report, manifest)
         and (how := report["settings"]).get("guidance_scale") == told(manifest, how.get("steps", 0), guidance)
     ]
     return folder_card(folder, "\n\n".join(measured) or None)

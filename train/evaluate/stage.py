@@ -42,12 +42,11 @@ from train.evaluate.figures import Figure
 from train.evaluate.generated import (
     Request,
     caption_request,
-    eyes_digest,
     few_steps_of,
     generate,
     grid_request,
+    rests_on,
     told,
-    weights_digest,
 )
 from train.evaluate.history import record
 from train.evaluate.measure import (
@@ -332,6 +331,7 @@ def _report(
 ) -> dict[str, Any]:
     manifest = loaded.manifest
     eyes = read_manifest(Path(config.eyes) / config.domain).files if config.eyes else _files(loaded)
+    few_steps = few_steps_of(manifest, grid.steps, grid.guidance_scale)
     return {
         "format_version": FORMAT_VERSION,
         "kind": "evaluation",
@@ -355,8 +355,7 @@ def _report(
         "seeds": sorted(set(grid.seeds)),
         "models": {
             "sha256": manifest.sha256,
-            "eyes": eyes_digest(eyes),
-            "weights": {a or BASELINE: weights_digest(_files(loaded), a) for a in (None, *adapters)},
+            **rests_on(_files(loaded), eyes, {a or BASELINE: a for a in (None, *adapters)}, few_steps),
         },
         "versions": {"medviz": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}},
         "contact_sheet": sheet,
