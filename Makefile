@@ -217,7 +217,7 @@ anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology
 	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-gpu.yaml
 	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml
 	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test --inversion paper
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-cpu.yaml
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-gpu.yaml
 	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml
 	$(BIN)/python -m train report
 

@@ -25,7 +25,7 @@ from medviz.errors import InputError
 from medviz.generation.sampling import decode_latents
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.atlas import ATLAS_NAME
-from medviz.grounding.capture import watch
+from medviz.grounding.capture import COARSEST, watch
 from medviz.grounding.words import content_indices
 from medviz.models.adapters import add_prompt_embeddings, loaded_adapters, save_prompt_adapter, using_adapter
 from medviz.models.prompt_embeddings import PromptEmbeddings
@@ -72,7 +72,8 @@ class AnatomyPromptsConfig(StageConfig):
     notes: bool = True
     """Also learn from sentences of notes that place a finding, not from readers' boxes alone."""
     layers: str = "fine"
-    """fine: the decoder's on half the latents' grid or finer; decoder: all its; paper: mid and first three decoder."""
+    """read: all that a phrase's heat map is made of; fine: the decoder's on half the latents' grid or finer; decoder: all
+    its; paper: mid and first three decoder."""
     window: tuple[float, ...] = (0.3, 0.6)
     """Noise levels learnt at, as fractions of the schedule: the paper's steps 30 to 60 of 100."""
     levels: int = 2
@@ -139,6 +140,7 @@ def _decoder(maps: Maps) -> list[str]:
 
 # layers of {name: (rows, h, w, L)} and the latents' height -> the names of those that learn
 LAYERS: dict[str, Callable[[Maps, int], list[str]]] = {
+    "read": lambda maps, height: [layer for layer in maps if COARSEST * maps[layer].shape[1] >= height],
     "fine": lambda maps, height: [layer for layer in _decoder(maps) if 2 * maps[layer].shape[1] >= height],
     "decoder": lambda maps, height: _decoder(maps),
     "paper": lambda maps, height: [

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MOST_PASSES = 4
 """Rows of the UNet an image: without a prompt, with it, and two for guidance along a single word."""
 
+COARSEST = 4
+"""How many times coarser than the latents a grid may be of which a heat map is made."""
+
 # record(layer name, attention_probs (rows, h, w, L) averaged over heads, float32)
 Record = Callable[[str, torch.Tensor], None]
 
@@ -205,13 +208,13 @@ class AttentionMaps:
         return tuple(index for index, weight in enumerate(self._weights[layer]) if weight)
 
     def default_resolutions(self) -> tuple[tuple[int, int], ...]:
-        """The grids at most four times coarser than the latents: below, a cell covers more than most findings.
+        """The grids at most COARSEST times coarser than the latents: below, a cell covers more than most findings.
 
         That is 64, 32 and 16 for Stable Diffusion at 512 px. The finest one stands in when none qualifies.
         """
         if self.latent_hw is None:
             return self.resolutions
-        fine = tuple(grid for grid in self.resolutions if 4 * grid[0] >= self.latent_hw[0])
+        fine = tuple(grid for grid in self.resolutions if COARSEST * grid[0] >= self.latent_hw[0])
         return fine or self.resolutions[:1]
 
     def probs(self, layer: str, *, sample: int = 0, time_bin: int | None = None) -> torch.Tensor:
