@@ -72,8 +72,8 @@ class AnatomyPromptsConfig(StageConfig):
     notes: bool = True
     """Also learn from sentences of notes that place a finding, not from readers' boxes alone."""
     layers: str = "fine"
-    """read: all that a phrase's heat map is made of; fine: the decoder's on half the latents' grid or finer; decoder: all
-    its; paper: mid and first three decoder."""
+    """read: all that a phrase's heat map is made of; fine: the decoder's on half the latents' grid or finer;
+    decoder: all its; paper: mid and first three decoder."""
     window: tuple[float, ...] = (0.3, 0.6)
     """Noise levels learnt at, as fractions of the schedule: the paper's steps 30 to 60 of 100."""
     levels: int = 2

@@ -19,7 +19,7 @@ from medviz.domains.chest_places import WORDINGS, mirrored_place
 from medviz.errors import InputError, ModelError
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.atlas import Atlas, Gaussian, place_boxes
-from medviz.grounding.capture import watch
+from medviz.grounding.capture import capture, watch
 from medviz.models.adapters import load_adapter, using_adapter
 from tests import tiny
 from tests.train.grounding_scenes import skin_rows, split_of
@@ -271,6 +271,11 @@ def test_the_layers_follow_the_paper_or_the_grid(tmp_path: Path) -> None:
     assert [name.split(".")[0] for name in found["paper"]] == ["mid_block"] + ["up_blocks"] * 3
     assert all(name.startswith("up_blocks.1") or name.startswith("up_blocks.0") for name in found["decoder"])
     assert set(found["fine"]) <= set(found["decoder"])
+    with capture(tuned.pipeline.unet) as maps, torch.no_grad():
+        maps.begin_step(0, 1, 1)
+        tuned.pipeline.unet(tuned.train.latents[:1], 500, tuned.embed(["left lung"]))
+    made_of = maps.default_resolutions()
+    assert set(found["read"]) == {layer for layer in maps.layers if maps.grid(layer) in made_of}
 
 
 @pytest.mark.parametrize(
