@@ -75,9 +75,8 @@ class PlacedScene:
     def prompt(self, row: int, rng: np.random.Generator | None = None) -> ScenePrompt:
         """See `Scene.prompt`: a finding with its place, or as `prompts` says one of the two alone.
 
-        A place named alone is any that the image's atlas has, each as likely as the others; JOINED of them come with a
-        second one, "left base and heart". A finding named alone
-        stands for every place where the image has it.
+        A place named alone is any that the image's atlas has, each as likely as the others, and JOINED of them come
+        with a second one. A finding named alone stands for every place where the image has it.
         """
         finding, how = self.findings[row], self.prompts
         atlas = self.own[finding.index] or self.atlas
