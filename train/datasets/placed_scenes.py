@@ -21,9 +21,6 @@ from train.datasets.placed_findings import PlacedFinding, placed_findings
 from train.datasets.scenes import ScenePrompt, drawn
 from train.datasets.split import Split
 
-JOINED = 0.25
-"""Share of the prompts that name places alone which name two."""
-
 
 @dataclass(frozen=True)
 class PlacedPrompts:
@@ -75,8 +72,8 @@ class PlacedScene:
     def prompt(self, row: int, rng: np.random.Generator | None = None) -> ScenePrompt:
         """See `Scene.prompt`: a finding with its place, or as `prompts` says one of the two alone.
 
-        A place named alone is any that the image's atlas has, each as likely as the others, and JOINED of them come
-        with a second one. A finding named alone stands for every place where the image has it.
+        A place named alone is any that the image's atlas has, each as likely as the others. A finding named alone
+        stands for every place where the image has it.
         """
         finding, how = self.findings[row], self.prompts
         atlas = self.own[finding.index] or self.atlas
@@ -85,10 +82,8 @@ class PlacedScene:
             return ScenePrompt(finding.index, text, partial(atlas.heat, places, spread=how.spread))
         named = rng.random() if how.place_share + how.finding_share > 0 else 1.0
         if named < how.place_share:
-            there = sorted({each for each in WORDINGS.values() if set(each) <= set(atlas.places)})
-            several = [drawn(there, rng) for _ in range(1 + (rng.random() < JOINED))]
-            places = tuple(dict.fromkeys(place for each in several for place in each))
-            text = " and ".join(drawn(wordings_of(each), rng) for each in several)
+            places = drawn(sorted({each for each in WORDINGS.values() if set(each) <= set(atlas.places)}), rng)
+            text = drawn(wordings_of(places), rng)
         elif named < how.place_share + how.finding_share:
             alike = [f for f in self.findings if (f.index, f.finding) == (finding.index, finding.finding)]
             places = tuple(dict.fromkeys(place for each in alike for place in WORDINGS[each.wordings[0]]))
