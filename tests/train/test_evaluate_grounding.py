@@ -390,10 +390,10 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -
         run(GroundingConfig(out="nowhere", **options))
 
 
-@pytest.mark.parametrize("domain", ["radiology", "dermatology"])
-def test_the_recipes_read(domain: str, tmp_path: Path) -> None:
-    found = read_recipe(RECIPES / f"grounding-{domain}-cpu.yaml", GroundingConfig).checked()
-    assert (found.domain, found.split) == (domain, "test")
+@pytest.mark.parametrize("name", ["radiology-cpu", "radiology-gpu", "dermatology-gpu"])
+def test_the_recipes_read(name: str, tmp_path: Path) -> None:
+    found = read_recipe(RECIPES / f"grounding-{name}.yaml", GroundingConfig).checked()
+    assert (found.domain, found.split) == (name.split("-")[0], "test")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("out: x\ntuned:\n  paper: [a, b]\n  best: [c]\n")
     named = read_recipe(recipe, GroundingConfig, ["--tuned.best", "d", "e"])
