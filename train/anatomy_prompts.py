@@ -5,9 +5,8 @@ encoder, unet and autoencoder are frozen. On real training images, noised to the
 to a prompt "{location} {pathology}" is drawn to the location's Gaussian (L_loc) and its tokens apart (L_div).
 
 Beyond the paper, each a switch: the patient's own regions from the segmenter as target, places and findings named
-alone, LoRA on the keys and values of the cross-attention, and beside the two the denoising loss, or how well an
-image-text network finds the prompt in the picture that one step of denoising gives. In dermoscopic images the words of
-a lesion and its structures learn to look where experts outlined them.
+alone, LoRA on the keys and values of the cross-attention, and beside the two the denoising loss. In dermoscopic images
+the words of a lesion and its structures learn to look where experts outlined them.
 """
 
 import warnings
@@ -22,15 +21,12 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
 from medviz.errors import InputError
-from medviz.generation.sampling import decode_latents
 from medviz.grounding.anatomy import Segmenter
 from medviz.grounding.atlas import ATLAS_NAME
 from medviz.grounding.capture import COARSEST, watch
 from medviz.grounding.words import content_indices
 from medviz.models.adapters import add_prompt_embeddings, loaded_adapters, save_prompt_adapter, using_adapter
 from medviz.models.prompt_embeddings import PromptEmbeddings
-from medviz.rewards.alignment import AlignmentNetwork
-from medviz.rewards.registry import TextImageNetwork
 from train import seeding
 from train.attention_losses import diversity_loss, location_loss
 from train.config import StageConfig, parse
@@ -39,7 +35,7 @@ from train.datasets.placed_findings import fit_atlas
 from train.datasets.placed_scenes import PlacedPrompts, open_placed_scene
 from train.datasets.scenes import Scene, ScenePrompt
 from train.datasets.split import open_split
-from train.diffusion import denoised
+from train.diffusion import denoising_loss
 from train.evaluate.statistics import mean_interval, paired_difference
 from train.loop import fit
 from train.rl.trainer import open_pipeline
@@ -92,10 +88,6 @@ class AnatomyPromptsConfig(StageConfig):
     diversity_weight: float = 1.0
     denoising_weight: float = 0.0
     """Of the denoising loss on the same images; 0: not mixed in."""
-    alignment: str = ""
-    """The alignment/ folder of a contrastive run's model, for the image-text loss."""
-    alignment_weight: float = 0.0
-    """Of the image-text loss, 1 - cosine of the denoised picture and the prompt; 0: not mixed in."""
     lora_rank: int = 0
     """Rank of LoRA on keys and values of the cross-attention; 0: none."""
     lora_alpha: float = 8.0
@@ -117,12 +109,10 @@ class AnatomyPromptsConfig(StageConfig):
         if len(self.window) != 2 or not 0.0 <= self.window[0] < self.window[1] <= 1.0:
             raise InputError(f"window must be two ascending fractions in [0, 1], found {self.window}")
         least = {"batch": 1, "levels": 1, "lora_rank": 0, "alpha": 0, "eps": 0}
-        weights = dict.fromkeys(("diversity_weight", "denoising_weight", "alignment_weight", "learning_rate"), 0)
+        weights = dict.fromkeys(("diversity_weight", "denoising_weight", "learning_rate"), 0)
         for name, low in (least | weights).items():
             if not getattr(self, name) >= low:
                 raise InputError(f"{name} must be at least {low}, found {getattr(self, name)}")
-        if self.alignment_weight > 0 and not self.alignment:
-            raise InputError(f"alignment_weight is {self.alignment_weight}, but alignment names no image-text network")
         return self
 
     def prompts(self) -> PlacedPrompts:
@@ -159,20 +149,15 @@ class AnatomyPromptsLearner:
         pipeline: StableDiffusionPipeline,
         train: Scene,
         validation: Scene | None = None,
-        alignment: TextImageNetwork | None = None,
     ) -> None:
-        """validation: scenes that the losses of baseline and adapter are reported on. alignment: the image-text network
-        of the loss of that name, where it has a weight.
+        """validation: scenes that the losses of baseline and adapter are reported on.
 
         Raises InputError for an option out of range, or a pipeline that already holds an adapter of the name.
         """
         self.config = config.checked()
         if config.adapter in loaded_adapters(pipeline.unet):
             raise InputError(f"the pipeline already holds an adapter {config.adapter!r}; train on the plain baseline")
-        if config.alignment_weight > 0 and alignment is None:
-            raise InputError("the image-text loss has a weight but no network")
         self.pipeline, self.train, self.validation = pipeline, train, validation
-        self.alignment = alignment if config.alignment_weight > 0 else None
         for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
             module.requires_grad_(False).eval()
         self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -218,8 +203,7 @@ class AnatomyPromptsLearner:
         noise: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """location, diversity, denoising and, with a weight, alignment loss of each prompt (B,), with the adapter as
-        it is switched now.
+        """location, diversity and denoising loss of each prompt (B,), with the adapter as it is switched now.
 
         noise (B, C, h, w); timesteps (B, T) int64.
         """
@@ -229,7 +213,7 @@ class AnatomyPromptsLearner:
         rows = torch.arange(len(prompts), device=device).repeat_interleave(levels)
         maps: dict[str, torch.Tensor] = {}
         with watch(self.pipeline.unet, maps.__setitem__, gradient=True):
-            found = denoised(
+            denoising = denoising_loss(
                 self.pipeline.unet, latents[rows], self.embed(texts)[rows], noise.to(device)[rows],
                 timesteps.to(device).flatten(), self.schedule, config.min_snr_gamma,
             )  # fmt: skip
@@ -244,16 +228,11 @@ class AnatomyPromptsLearner:
             pairs = zip(mine, targets, strict=True)
             location.append(torch.stack([location_loss(*each, config.alpha, config.eps) for each in pairs]).mean())
             diversity.append(torch.stack([diversity_loss(each) for each in mine]).mean())
-        losses = {
+        return {
             "location_loss": torch.stack(location),
             "diversity_loss": torch.stack(diversity),
-            "denoising_loss": found.loss.unflatten(0, (len(prompts), levels)).mean(dim=1),
+            "denoising_loss": denoising.unflatten(0, (len(prompts), levels)).mean(dim=1),
         }
-        if self.alignment is not None:
-            pictures = decode_latents(self.pipeline.vae, found.clean)
-            fit_of_each = self.alignment.similarity(pictures, [texts[row] for row in rows])
-            losses["alignment_loss"] = 1 - fit_of_each.unflatten(0, (len(prompts), levels)).mean(dim=1)
-        return losses
 
     def update(self, step: int) -> dict[str, float]:
         config = self.config
@@ -271,8 +250,6 @@ class AnatomyPromptsLearner:
             loss = means["location_loss"] + config.diversity_weight * means["diversity_loss"]
             if config.denoising_weight > 0:
                 loss = loss + config.denoising_weight * means["denoising_loss"]
-            if self.alignment is not None:
-                loss = loss + config.alignment_weight * means["alignment_loss"]
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
@@ -323,8 +300,7 @@ class AnatomyPromptsLearner:
         image with several prompts counts once, with their mean.
         """
         if self.validation is None:
-            names = ("location_loss", "diversity_loss", "denoising_loss")
-            return dict.fromkeys((*names, "alignment_loss") if self.alignment is not None else names)
+            return dict.fromkeys(("location_loss", "diversity_loss", "denoising_loss"))
         prompts = [self.validation.prompt(row) for row in range(min(count, len(self.validation)))]
         found: dict[str | None, dict[str, list[float]]] = {}
         for adapter in (None, self.config.adapter):
@@ -381,8 +357,7 @@ def run(config: AnatomyPromptsConfig) -> dict[str, Any] | None:
     config.checked()
     pipeline = open_pipeline(config.base, config.device)
     train, validation = SCENES[config.domain](config, pipeline)
-    alignment = AlignmentNetwork.load(config.alignment, config.device) if config.alignment_weight > 0 else None
-    return fit(AnatomyPromptsLearner(config, pipeline, train, validation, alignment), config)
+    return fit(AnatomyPromptsLearner(config, pipeline, train, validation), config)
 
 
 def main(arguments: list[str]) -> None:

@@ -2,22 +2,20 @@
 
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError
 from medviz.generation.guidance import SEMANTIC_INTERVAL, Guidance
-from medviz.models.adapters import load_lora
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
+from train import recipe_file
 from train.datasets.latents import check_same_encoder
 
 SOURCES: dict[str, list[dict[str, str]]] = {
@@ -128,7 +126,8 @@ class Parts:
 
 def read_parts(path: str) -> Parts:
     """The assembly recipe at `path`. Raises InputError when a key is missing or unknown."""
-    content = yaml.safe_load(Path(path).read_text())
+    content = recipe_file.load(path)
+    content.pop("stage", None)
     try:
         return Parts(**content)
     except TypeError as error:
@@ -184,24 +183,6 @@ def weaken(folder: Path, strength: float) -> None:
     card.write_text(json.dumps({**details, "strength": strength}, indent=1, sort_keys=True) + "\n")
 
 
-def load_weakened(pipeline: StableDiffusionPipeline, folder: str | Path, strength: float, name: str) -> None:
-    """Load the LoRA adapter in `folder` as `name`, switched off, with that share of its change; as `weaken` raises."""
-    with tempfile.TemporaryDirectory() as aside:
-        copied = Path(aside) / "adapter"
-        shutil.copytree(folder, copied)
-        weaken(copied, strength)
-        load_lora(pipeline.unet, copied, name)
-
-
-def adapter_source(parts: Parts, name: str) -> str:
-    """The folder that the adapter `name` comes from. InputError where it holds a whole UNet instead: that would be
-    another baseline, not something to switch on over this one."""
-    source = parts.adapters[name]
-    if (Path(source) / "unet").is_dir():
-        raise InputError(f"{source} holds a whole UNet (train_what full): it is a model of its own and no adapter")
-    return source
-
-
 def _check_few_steps(parts: Parts) -> None:
     """Raises InputError when the few-step adapter learnt another guidance than the folder is to have: it would draw
     other pictures than twenty steps do."""
@@ -213,7 +194,7 @@ def _check_few_steps(parts: Parts) -> None:
         return
     if parts.few_step_adapter not in parts.adapters:
         raise InputError(f"the few-step adapter {parts.few_step_adapter!r} is not among {', '.join(parts.adapters)}")
-    recipe = json.loads((Path(adapter_source(parts, parts.few_step_adapter)) / "adapter.json").read_text())["recipe"]
+    recipe = json.loads((Path(parts.adapters[parts.few_step_adapter]) / "adapter.json").read_text())["recipe"]
     learnt = Guidance.of_recipe(recipe, parts.domain, 0.0)
     if learnt != parts.guidance:
         raise InputError(
@@ -249,8 +230,8 @@ def assemble(parts: Parts, folder: Path) -> None:
         if source:
             _copy(source, writing / name)
             _halve(writing / name)
-    for name in parts.adapters:
-        _copy(adapter_source(parts, name), writing / "adapters" / name)
+    for name, source in parts.adapters.items():
+        _copy(source, writing / "adapters" / name)
         if name in parts.adapter_strengths:
             weaken(writing / "adapters" / name, parts.adapter_strengths[name])
         _halve(writing / "adapters" / name)
@@ -260,13 +241,15 @@ def assemble(parts: Parts, folder: Path) -> None:
         if not path.is_file():
             raise InputError(f"{path} is missing: the stage {stage} has not finished")
         metrics[stage] = json.loads(path.read_text())
+    options = recipe_file.recipes_of(parts.domain)
+    recipes = {str(each["out"]): f"train/recipes/{path.name}" for path, each in options.items() if "out" in each}
     write_manifest(
         writing,
         {
             "domain": parts.domain,
             "preset": parts.preset,
             "recipe": {
-                **{stage: f"train/recipes/{Path(run).name}.yaml" for stage, run in parts.runs.items()},
+                **{stage: recipes[run] for stage, run in parts.runs.items() if run in recipes},
                 **parts.guidance.as_recipe(),
                 **({"few_step_semantic_interval": list(few)} if (few := parts.few_step_semantic_interval) else {}),
                 **({"few_step_finish": parts.few_step_finish} if parts.few_step_finish else {}),
@@ -297,6 +280,6 @@ def assemble(parts: Parts, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     """`python -m train assemble RECIPE [FOLDER]`; FOLDER is assets/models/DOMAIN unless named."""
     if not arguments:
-        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology-cpu.yaml")
+        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology.yaml")
     parts = read_parts(arguments[0])
     assemble(parts, Path(arguments[1]) if len(arguments) > 1 else Path("assets/models") / parts.domain)

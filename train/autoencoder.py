@@ -218,18 +218,19 @@ class AutoencoderLearner:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Crops of `step`, uint8 (batch, crop_px, crop_px, 3), and noise for their latents, fp32."""
-        config, crops = self.config, self.crops(step, self.config.batch, "autoencoder")
+        config, crops = self.config, self.crops(step)
         indices = list(range(step * config.batch, step * config.batch + len(crops)))
         shape = (config.latent_channels, config.crop_px // BLOCK_PX, config.crop_px // BLOCK_PX)
         return torch.from_numpy(crops), seeding.normal(shape, config.seed, "autoencoder-noise", 0, indices)
 
-    def crops(self, step: int, count: int, purpose: str) -> np.ndarray:
-        """Turned crops of real images for `purpose`, uint8 (count, crop_px, crop_px, 3), in equal shares from the
-        domains: a function of the step."""
+    def crops(self, step: int) -> np.ndarray:
+        """Turned crops of real images, uint8 (batch, crop_px, crop_px, 3), in equal shares from the domains: a function
+        of the step."""
         config, crops = self.config, []
         for d, images in enumerate(self.images):
-            rng = seeding.numpy_generator(config.seed, purpose, "crop", d, step)
-            for i in seeding.batch_indices(len(images), count // len(self.images), step, config.seed, f"{purpose}-{d}"):
+            rng = seeding.numpy_generator(config.seed, "autoencoder", "crop", d, step)
+            share = config.batch // len(self.images)
+            for i in seeding.batch_indices(len(images), share, step, config.seed, f"autoencoder-{d}"):
                 top, left = rng.integers(0, config.size_px - config.crop_px + 1, 2)
                 crop = images[i, top : top + config.crop_px, left : left + config.crop_px]
                 crop = np.rot90(crop, int(rng.integers(4)))
@@ -251,16 +252,11 @@ class AutoencoderLearner:
         loss = pixel + config.square_weight * square + config.edge_weight * edge
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        told = self.beside(step)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.ema.step(self.parameters)
-        return {"pixel": pixel.detach(), "square": square.detach(), "edge": edge.detach(), "grad_norm": norm} | told
-
-    def beside(self, step: int) -> dict[str, float | torch.Tensor]:
-        """Add the gradient of what else the decoder is to learn at `step`: nothing here. Returns figures to log."""
-        return {}
+        return {"pixel": pixel.detach(), "square": square.detach(), "edge": edge.detach(), "grad_norm": norm}
 
     def state(self) -> dict[str, Any]:
         return {

@@ -37,9 +37,7 @@ from train.config import StageConfig, parse
 from train.datasets.latents import split_latents
 from train.datasets.split import Split, open_split
 from train.datasets.weights import sample_weights
-from train.growth import grown
 from train.loop import fit
-from train.power_average import PowerAverage
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
 # Twice the side averages four times the pixels, so the same shapes hide at a log-SNR lower by ln 4 (Hoogeboom et al.
@@ -49,9 +47,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "coarse": _COARSE,
     "coarser": _COARSER,
-    "coarse_zero_snr": {**_COARSE, "rescale_betas_zero_snr": True},
 }
-PREDICTIONS = ("v_prediction", "epsilon")
 SHARD_BYTES = "14MB"
 
 
@@ -60,13 +56,11 @@ class DiffusionConfig(StageConfig):
     """Options of the diffusion stage."""
 
     domain: str = "dermatology"
-    autoencoder: str = "runs/autoencoder-cpu/model"
-    contrastive: str = "runs/contrastive-dermatology-cpu/model"
+    autoencoder: str = "runs/autoencoder/model"
+    contrastive: str = "runs/contrastive-dermatology/model"
     """Folder with tokenizer/ and text_encoder/: a contrastive stage's, or a pipeline's to go on from."""
     init: str = ""
     """Pipeline folder whose UNet is the start (e.g. another domain's), its layout too; empty: random weights."""
-    grow: bool = False
-    """Widen the UNet of `init` to `channels` and `cross_attention`, drawing what it drew, see `train.growth`."""
     train_text_encoder: bool = True
     """False leaves the text encoder as it is: a sixth less work a step."""
     compile: bool = False
@@ -75,10 +69,7 @@ class DiffusionConfig(StageConfig):
     """Both passes in bf16 by autocast, convolutions channels-last; weights, optimiser and loss stay fp32."""
     schedule: str = "coarse"
     """Noise schedule: cosine, or coarse, which spends more timesteps where noise hides all but colour and shape, or
-    coarser, the same for twice the side, or coarse_zero_snr, whose last timestep is noise alone (Lin et al. 2024, arXiv
-    2305.08891, section 3.1)."""
-    prediction: str = "v_prediction"
-    """What the UNet predicts: v_prediction or epsilon."""
+    coarser, the same for twice the side."""
     size_px: int = 128
     latents: str = ""
     """Folder in which latents of the images are kept; empty: latents/ beside the run's own."""
@@ -106,68 +97,18 @@ class DiffusionConfig(StageConfig):
     """Images a step."""
     learning_rate: float = 3e-4
     warmup: int = 100
-    decay_steps: int = 0
-    """Steps in which the learning rate falls to nothing (0: `steps`); more leave a stage after this one its rate."""
     caption_dropout: float = 0.1
-    fixed_captions: bool = False
-    """One wording an image, instead of a new one whenever it is drawn."""
     min_snr_gamma: float = 5.0
     """0: every timestep keeps its weight, which fine lines need; min-SNR hardly trains the last, nearly clean ones."""
     ema_decay: float = 0.9995
     """Of the running average of the weights, which is exported, from the step on at which a rising one reaches it."""
-    ema_width: float = 0.0
-    """In place of that, a `PowerAverage` of this width; 0: none."""
 
 
-def noise_schedule(name: str, prediction: str = "v_prediction") -> DDPMScheduler:
-    """The schedule of 1000 timesteps by its name in SCHEDULES, for a UNet that predicts one of PREDICTIONS.
-
-    Raises InputError for another name, and for noise that is to be predicted where there is nothing else.
-    """
+def noise_schedule(name: str) -> DDPMScheduler:
+    """The schedule of 1000 timesteps by its name in SCHEDULES, for v-prediction. Raises InputError for another name."""
     if name not in SCHEDULES:
         raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, found {name!r}")
-    if prediction not in PREDICTIONS:
-        raise InputError(f"prediction must be one of {', '.join(PREDICTIONS)}, found {prediction!r}")
-    if prediction == "epsilon" and SCHEDULES[name].get("rescale_betas_zero_snr"):
-        raise InputError(f"schedule {name} ends in noise alone, of which an epsilon prediction says nothing: use v")
-    return DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction, **SCHEDULES[name])
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """loss (B,): min-SNR weighted squared error; clean (B, C, h, w): the latents that the prediction stands for."""
-
-    loss: torch.Tensor
-    clean: torch.Tensor
-
-
-def denoised(
-    unet: UNet2DConditionModel,
-    latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    schedule: DDPMScheduler,
-    min_snr_gamma: float,
-) -> Denoised:
-    """One prediction of the UNet on latents noised to `timesteps`.
-
-    latents, noise: (B, C, h, w); prompt_embeds (B, L, D); timesteps (B,) int64. The target follows the schedule's
-    prediction type (epsilon or v).
-    """
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
-    snr = compute_snr(schedule, timesteps)
-    weight = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else torch.ones_like(snr)
-    share = schedule.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
-    if schedule.config.prediction_type == "v_prediction":
-        target, divisor = schedule.get_velocity(latents, noise, timesteps), snr + 1
-        clean = share.sqrt() * noisy - (1 - share).sqrt() * prediction
-    else:
-        target, divisor = noise, snr
-        clean = (noisy - (1 - share).sqrt() * prediction) / share.sqrt()
-    weight = weight / divisor if min_snr_gamma > 0 else weight
-    return Denoised(weight * (prediction.float() - target.float()).square().mean(dim=(1, 2, 3)), clean)
+    return DDPMScheduler(num_train_timesteps=1000, prediction_type="v_prediction", **SCHEDULES[name])
 
 
 def denoising_loss(
@@ -179,24 +120,33 @@ def denoising_loss(
     schedule: DDPMScheduler,
     min_snr_gamma: float,
 ) -> torch.Tensor:
-    """The loss (B,) of :func:`denoised` alone."""
-    return denoised(unet, latents, prompt_embeds, noise, timesteps, schedule, min_snr_gamma).loss
+    """Min-SNR weighted squared error (B,) of one prediction of the UNet on latents noised to `timesteps`.
+
+    latents, noise: (B, C, h, w); prompt_embeds (B, L, D); timesteps (B,) int64. The target follows the schedule's
+    prediction type (epsilon or v).
+    """
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+    snr = compute_snr(schedule, timesteps)
+    weight = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else torch.ones_like(snr)
+    if schedule.config.prediction_type == "v_prediction":
+        target, divisor = schedule.get_velocity(latents, noise, timesteps), snr + 1
+    else:
+        target, divisor = noise, snr
+    weight = weight / divisor if min_snr_gamma > 0 else weight
+    return weight * (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 def new_unet(config: DiffusionConfig, channels: int, size: int, text_width: int) -> UNet2DConditionModel:
     """The UNet that a run starts from, on latents (channels, size, size) and text embeddings of `text_width`.
 
-    Raises InputError for `grow` without `init`, and for an `init` that is no pipeline.
+    Raises InputError for an `init` that is no pipeline.
     """
-    seed = seeding.key(config.seed, "diffusion", "weights")
-    if config.grow and not config.init:
-        raise InputError("grow needs init, the pipeline whose UNet is to grow")
     if config.init:
         if not Path(config.init, "unet").is_dir():
             raise InputError(f"init names {config.init}, which holds no unet: train that stage first")
-        unet = UNet2DConditionModel.from_pretrained(f"{config.init}/unet", dtype=torch.float32)
-        return grown(unet, config.channels, config.cross_attention, seed) if config.grow else unet
-    torch.manual_seed(seed)
+        return UNet2DConditionModel.from_pretrained(f"{config.init}/unet", dtype=torch.float32)
+    torch.manual_seed(seeding.key(config.seed, "diffusion", "weights"))
     return UNet2DConditionModel(
         sample_size=size,
         in_channels=channels,
@@ -234,7 +184,7 @@ class DiffusionLearner:
         self.unet = new_unet(config, channels, size, text_encoder.config.hidden_size).to(config.device)
         if config.bf16:
             self.unet.to(memory_format=torch.channels_last)
-        self.schedule = noise_schedule(config.schedule, config.prediction)
+        self.schedule = noise_schedule(config.schedule)
         self.predict = compiled_forward(self.unet) if config.compile else self.unet
         self.modules = torch.nn.ModuleDict({"unet": self.unet}).train()
         if config.train_text_encoder:
@@ -248,16 +198,11 @@ class DiffusionLearner:
             "cosine",
             self.optimizer,
             num_warmup_steps=config.warmup,
-            num_training_steps=config.decay_steps or config.steps,
+            num_training_steps=config.steps,
         )
-        self.ema = self._average()
+        weights = list(self.modules.parameters())
+        self.ema = EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.batches = Ahead(self.batch, config.steps, config.workers, config.device)
-
-    def _average(self) -> EMAModel:
-        weights, config = list(self.modules.parameters()), self.config
-        if config.ema_width:
-            return PowerAverage(weights, config.ema_width)
-        return EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Text embeddings (B, L, D) of tokens int64 (B, L)."""
@@ -277,8 +222,7 @@ class DiffusionLearner:
         for i, sample in zip(chosen[mine], samples, strict=True):
             rng = random.Random(seeding.key(config.seed, "caption", sample))
             dropped = rng.random() < config.caption_dropout
-            wording = random.Random(seeding.key(config.seed, "wording", int(i))) if config.fixed_captions else rng
-            captions.append("" if dropped else self.domain.caption(self.train.records[i], wording))
+            captions.append("" if dropped else self.domain.caption(self.train.records[i], rng))
             latents.append(self.latents[rng.randrange(config.orientations), i])
         clean = torch.stack(latents)
         noise = seeding.normal(tuple(clean.shape[1:]), config.seed, "diffusion-noise", 0, samples)

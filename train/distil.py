@@ -29,11 +29,10 @@ from medviz.errors import InputError
 from medviz.generation.plan import FewSteps, fresh_scheduler
 from medviz.generation.prompts import encode_prompts
 from medviz.generation.sampling import decode, sample, signal_and_noise_level, split_prediction
-from medviz.models.adapters import using_adapter
+from medviz.models.adapters import load_lora, using_adapter
 from medviz.models.manifest import hash_file
 from train import seeding
 from train.adversary import Adversary, shown_latents
-from train.assemble import load_weakened
 from train.compiling import compiled_forward
 from train.config import GuidedConfig, parse
 from train.evaluate.statistics import mean_interval
@@ -52,13 +51,11 @@ class DistilConfig(RealLatentsConfig, GuidedConfig):
     """Options of the distil stage. Guidance is the teacher's, and becomes the student's own. Real latents are read for
     the adversary alone."""
 
-    base: str = "runs/longer-dermatology-cpu/model"
+    base: str = "runs/diffusion-dermatology/model"
     """Pipeline folder: teacher and, with the adapter, student."""
     beside: str = ""
     """Folder of a LoRA adapter that the student must go with, as the one that aligns: every second step is learnt with
     it on, from trajectories that were drawn with it on. Empty: none."""
-    beside_strength: float = 1.0
-    """Share of its change that ships."""
     start: str = ""
     """Folder of an adapter of the same shape to go on from; empty: none."""
     adapter: str = "few_steps"
@@ -150,7 +147,7 @@ def draw_trajectories(
     ]
     if beside:
         changed = [hash_file(path).sha256 for path in sorted(Path(config.beside).glob("*.safetensors"))]
-        identity.append([changed, config.beside_strength])
+        identity.append(changed)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = cache / f"trajectories-{config.domain}-{digest[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +189,7 @@ class DistilLearner:
         self.few_steps = FewSteps(config.adapter, tuple(self.timesteps))
         self.beside = (None, BESIDE) if config.beside else (None,)
         if config.beside:
-            load_weakened(pipeline, config.beside, config.beside_strength, BESIDE)
+            load_lora(pipeline.unet, Path(config.beside), BESIDE)
         drawn = [draw_trajectories(config, pipeline, cache, beside=name is not None) for name in self.beside]
         self.states, self.captions = torch.stack([each.states for each in drawn]), drawn[0].captions
         texts = list(dict.fromkeys(self.captions))

@@ -1,8 +1,6 @@
 """The rewards a generator can be aligned with: one function and one entry in REWARDS each, all of one signature."""
 
 import logging
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -185,19 +183,18 @@ class SafeRewards:
 _FAILURES = (MedvizError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def safe_rewards(reward: RewardFunction, drawn: Drawn, timeout_s: float = 0.0) -> SafeRewards:
-    """The rewards of a batch, without gradients; an image on which `reward` raises, is late or not finite is masked.
+def safe_rewards(reward: RewardFunction, drawn: Drawn) -> SafeRewards:
+    """The rewards of a batch, without gradients; an image on which `reward` raises or is not finite is masked.
 
     Where the batch as a whole fails, its images are tried one by one, so that one bad image costs no other its reward.
-    timeout_s: seconds a batch may take, 0 for no bound; its images one by one have equal shares of as much again.
     """
     failures: list[str] = []
     with torch.no_grad():
         try:
-            values = _rewarded(reward, drawn, timeout_s)
+            values = _rewarded(reward, drawn)
         except _FAILURES as error:
             alone = len(drawn) == 1
-            values, failures = (_nothing(drawn), [repr(error)]) if alone else _one_by_one(reward, drawn, timeout_s)
+            values, failures = (_nothing(drawn), [repr(error)]) if alone else _one_by_one(reward, drawn)
     valid = torch.isfinite(values)
     if not bool(valid.all()):
         failures = failures or ["the reward is not a finite number"]
@@ -205,42 +202,18 @@ def safe_rewards(reward: RewardFunction, drawn: Drawn, timeout_s: float = 0.0) -
     return SafeRewards(torch.where(valid, values, torch.zeros_like(values)), valid, tuple(dict.fromkeys(failures)))
 
 
-def _rewarded(reward: RewardFunction, drawn: Drawn, timeout_s: float) -> torch.Tensor:
-    values = (_in_time(reward, drawn, timeout_s) if timeout_s > 0 else reward(drawn)).detach().float()
+def _rewarded(reward: RewardFunction, drawn: Drawn) -> torch.Tensor:
+    values = reward(drawn).detach().float()
     if values.shape != (len(drawn),):
         raise ValueError(f"a reward must have the shape ({len(drawn)},), got {tuple(values.shape)}")
     return values
 
 
-def _in_time(reward: RewardFunction, drawn: Drawn, timeout_s: float) -> torch.Tensor:
-    """What `reward` gives or raises; TimeoutError when it has given nothing after `timeout_s` seconds.
-
-    A thread cannot be stopped: the late one is left behind, and a program that ends does not wait for it.
-    """
-    answers: queue.SimpleQueue[torch.Tensor | BaseException] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            with torch.no_grad():  # which a new thread does not inherit
-                answers.put(reward(drawn))
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, an interrupt too
-            answers.put(error)
-
-    threading.Thread(target=run, daemon=True, name="reward").start()
-    try:
-        answer = answers.get(timeout=timeout_s)
-    except queue.Empty:
-        raise TimeoutError(f"no reward after {timeout_s:g} s") from None
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
-
-
-def _one_by_one(reward: RewardFunction, drawn: Drawn, timeout_s: float) -> tuple[torch.Tensor, list[str]]:
+def _one_by_one(reward: RewardFunction, drawn: Drawn) -> tuple[torch.Tensor, list[str]]:
     values, failures = _nothing(drawn), []
     for index in range(len(drawn)):
         try:
-            values[index] = _rewarded(reward, drawn.one(index), timeout_s / len(drawn))[0]
+            values[index] = _rewarded(reward, drawn.one(index))[0]
         except _FAILURES as error:
             failures.append(repr(error))
     return values, failures

@@ -2,16 +2,13 @@
 
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,7 +29,6 @@ from train.datasets.placed_findings import PlacedFinding, fit_atlas, imaging_sen
 from train.datasets.placed_scenes import PlacedPrompts, PlacedScene, open_placed_scene
 from train.datasets.scenes import ScenePrompt
 from train.datasets.split import Split
-from train.diffusion import denoised
 from train.loop import fit
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
@@ -173,47 +169,6 @@ def test_words_of_places_that_no_finding_lies_in_learn_where_places_are_named_al
     assert moved - said
 
 
-class Darkness:
-    """An image-text network to which a picture fits its prompt the better the darker it is."""
-
-    def similarity(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        assert len(images) == len(prompts)
-        assert all(" zone lung opacity" in prompt or " hilum lung opacity" in prompt for prompt in prompts)
-        return -images.mean(dim=(1, 2, 3))
-
-
-def test_the_image_text_loss_moves_what_the_prompt_draws(tmp_path: Path) -> None:
-    options = {"lora_rank": 2, "diversity_weight": 0.0, "alignment": "of this test", "steps": 20}
-    found = {}
-    for weight in (0.0, 100.0):
-        tuned = AnatomyPromptsLearner(
-            config(tmp_path, alignment_weight=weight, **options),
-            tiny.make_pipeline("radiology"), scene(), scene(2), Darkness(),
-        )  # fmt: skip
-        for step in range(20):
-            tuned.update(step)
-        tuned.alignment = Darkness()
-        found[weight] = tuned.figures()["alignment_loss"]
-    assert found[0.0]["baseline"] == found[100.0]["baseline"]
-    assert found[100.0]["adapter"]["value"] < min(found[0.0]["adapter"]["value"], found[0.0]["baseline"]["value"])
-    with pytest.raises(InputError, match="names no image-text network"):
-        config(tmp_path, alignment_weight=1.0).checked()
-    with pytest.raises(InputError, match="has a weight but no network"):
-        learner(tmp_path, alignment_weight=1.0, alignment="nowhere")
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_perfect_prediction_stands_for_the_clean_latents(prediction_type: str) -> None:
-    schedule = DDPMScheduler(prediction_type=prediction_type)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    timesteps = torch.tensor([100, 500, 900])
-    perfect = noise if prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
-    found = denoised(lambda *_, **__: SimpleNamespace(sample=perfect), latents, noise, noise, timesteps, schedule, 5.0)
-    assert found.loss.tolist() == [0, 0, 0]
-    torch.testing.assert_close(found.clean, latents, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "denoising_weight": 0.5}])
 def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(tmp_path: Path, options: dict) -> None:
     fit(learner(tmp_path / "whole", **options), config(tmp_path / "whole", **options))
@@ -299,9 +254,12 @@ def test_options_out_of_range_are_named(tmp_path: Path, options: dict, message: 
 
 
 def test_the_recipe_reads() -> None:
-    assert read_recipe(RECIPES / "anatomy-radiology-cpu.yaml", AnatomyPromptsConfig).checked().target == "atlas"
-    skin = read_recipe(RECIPES / "structures-dermatology-gpu.yaml", AnatomyPromptsConfig).checked()
-    assert (skin.domain, skin.target) == ("dermatology", "masks")
+    chest, skin = (
+        read_recipe(RECIPES / "anatomy_prompts.yaml", AnatomyPromptsConfig, ["--domain", domain]).checked()
+        for domain in ("radiology", "dermatology")
+    )
+    assert (chest.domain, chest.target, chest.lora_queries) == ("radiology", "segmenter", False)
+    assert (skin.domain, skin.target, skin.lora_queries) == ("dermatology", "masks", True)
 
 
 def png(pixels: np.ndarray) -> dict[str, object]:

@@ -29,7 +29,6 @@ from train.diffusion import (
     noise_schedule,
 )
 from train.loop import fit
-from train.power_average import PowerAverage
 
 
 def invented_split(name: str, count: int, size_px: int = 32) -> Split:
@@ -159,21 +158,10 @@ def test_several_processes_train_what_one_trains(stages, tmp_path) -> None:
     assert lines[1] == pytest.approx(lines[0] | {"trained_s": lines[1]["trained_s"]}, rel=1e-4)
 
 
-def test_a_generator_grown_from_a_shipped_folder_goes_on_where_that_was(stages, tmp_path) -> None:
-    root, train, validation, diffusion, metrics = stages
-    grows = {"init": str(root / "diffusion/model"), "grow": True, "channels": (32, 64)}
-    config = replace(diffusion, out=str(tmp_path / "wide"), learning_rate=0.0, steps=1, **grows)
-    learner = DiffusionLearner(config, train, validation)
-    assert tuple(learner.unet.config.block_out_channels) == (32, 64)
-    # the folder's weights are in bf16
-    assert learner.validation_loss()[0] == pytest.approx(metrics["validation_loss"], rel=0.02)
-    assert fit(learner, config)["unet_parameters"] > 3 * metrics["unet_parameters"]
-    written = UNet2DConditionModel.from_pretrained(tmp_path / "wide/model/unet")
-    assert tuple(written.config.block_out_channels) == (32, 64)
-    with pytest.raises(InputError, match="grow needs init"):
-        DiffusionLearner(replace(config, init=""), train, validation)
+def test_an_init_that_is_no_pipeline_is_refused(stages, tmp_path) -> None:
+    _, train, validation, diffusion, _ = stages
     with pytest.raises(InputError, match=r"init names .*nowhere, which holds no unet"):
-        DiffusionLearner(replace(config, init=str(tmp_path / "nowhere")), train, validation)
+        DiffusionLearner(replace(diffusion, init=str(tmp_path / "nowhere")), train, validation)
 
 
 @pytest.mark.slow
@@ -313,73 +301,8 @@ def test_coarse_schedule_ends_in_noise_and_spends_three_times_as_long_where_capt
     # at twice the side the same shapes hide four times the noise power further down
     hidden = (log_snr["coarser"] < -3.7 - np.log(4)).sum() / (log_snr["coarse"] < -3.7).sum()
     assert hidden == pytest.approx(1, abs=0.06)
-    with pytest.raises(
-        InputError, match="schedule must be one of cosine, coarse, coarser, coarse_zero_snr, found 'linear'"
-    ):
+    with pytest.raises(InputError, match="schedule must be one of cosine, coarse, coarser, found 'linear'"):
         noise_schedule("linear")
-    with pytest.raises(InputError, match="prediction must be one of v_prediction, epsilon, found 'x0'"):
-        noise_schedule("coarse", "x0")
-    with pytest.raises(InputError, match="ends in noise alone"):
-        noise_schedule("coarse_zero_snr", "epsilon")
-    assert noise_schedule("coarse_zero_snr").alphas_cumprod[-1] == 0.0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"prediction": "epsilon"}, {"schedule": "coarse_zero_snr"}, {"fixed_captions": True}, {"ema_width": 0.1}],
-    ids=str,
-)
-def test_other_schedules_and_captions_train_and_draw(stages, tmp_path, options) -> None:
-    _, train, validation, diffusion, _ = stages
-    config = replace(diffusion, out=str(tmp_path / "run"), **options)
-    learner = DiffusionLearner(config, train, validation)
-    fit(learner, config)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        tmp_path / "run/model", safety_checker=None, torch_dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.scheduler.config.prediction_type == config.prediction
-    image = pipeline("a dermoscopic image with melanoma", num_inference_steps=3, output_type="np").images
-    assert np.isfinite(image).all()
-    assert image.std() > 0
-
-
-@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
-def test_an_average_of_a_width_has_it_however_long_the_run_is(width) -> None:
-    """Weights that are one at a single step give its share of the average: the whole profile, step by step."""
-    for steps in (100, 400):
-        weight = torch.nn.Parameter(torch.zeros(steps))
-        average = PowerAverage([weight], width)
-        for step in range(steps):
-            with torch.no_grad():
-                weight.zero_()[step] = 1.0
-            average.step([weight])
-        profile = average.shadow_params[0].double().numpy()
-        places = (np.arange(steps) + 0.5) / steps
-        assert profile.sum() == pytest.approx(1, abs=1e-5)
-        assert profile.argmax() == steps - 1
-        assert np.sqrt(profile @ places**2 - (profile @ places) ** 2) == pytest.approx(width, rel=0.05)
-
-
-@pytest.mark.parametrize("width", [-0.1, 0.28, float("nan")])
-def test_a_width_that_no_average_has_is_refused(width) -> None:
-    with pytest.raises(InputError, match="ema_width must be above 0"):
-        PowerAverage([torch.nn.Parameter(torch.zeros(1))], width)
-
-
-def test_a_fixed_caption_is_one_an_image_and_a_new_one_is_not(stages, tmp_path) -> None:
-    _, train, validation, diffusion, _ = stages
-    wordings = {}
-    for fixed in (False, True):
-        config = replace(diffusion, out=str(tmp_path / f"{fixed}"), batch=12, caption_dropout=0.0, fixed_captions=fixed)
-        learner = DiffusionLearner(config, train, validation)
-        said: list[str] = []
-        tokens = learner.tokens
-        learner.tokens = lambda captions, said=said, tokens=tokens: said.extend(captions) or tokens(captions)
-        for step in range(6):
-            learner.batch(step)
-        wordings[fixed] = set(said)
-    assert len(wordings[True]) <= len(train) < len(wordings[False])
 
 
 def test_denoising_loss_of_a_perfect_prediction_is_zero() -> None:
@@ -444,14 +367,6 @@ def test_sample_weights_give_labels_their_shares() -> None:
     for wrong in ("hair", "hair=1.0", "ruler=0.5"):
         with pytest.raises(InputError, match="label_shares"):
             sample_weights(split, (), 0.5, (wrong,))
-
-
-def test_a_learning_rate_can_fall_over_more_steps_than_a_stage_has(stages, tmp_path) -> None:
-    _, train, validation, diffusion, _ = stages
-    config = replace(diffusion, out=str(tmp_path), steps=2, warmup=0, decay_steps=4)
-    learner = DiffusionLearner(config, train, validation)
-    fit(learner, config)
-    assert learner.rates.get_last_lr() == pytest.approx([config.learning_rate / 2])
 
 
 def test_batches_made_by_workers_train_the_same_weights_bit_for_bit(stages, tmp_path) -> None:

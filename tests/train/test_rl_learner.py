@@ -269,12 +269,10 @@ def test_resumed_and_uninterrupted_runs_agree_to_the_last_bit(base, tmp_path, ob
         assert all(torch.equal(moments[k], theirs["optimizer"]["state"][number][k]) for k in moments)
 
 
-@pytest.mark.parametrize("objective", ["ddpo", "forward"])
-def test_training_raises_the_reward_of_noise_it_never_saw(base, objective):
+def test_training_raises_the_reward_of_noise_it_never_saw(base):
     made = learner(
-        base, objective=objective, learning_rate=2e-2, lora_convolutions=True, clip_range=0.05, statistics_minimum=8,
-        timesteps_per_image=0 if objective == "ddpo" else 2, images_per_prompt=8, rollout_batch=16, micro_batch=16,
-        invented_prompts=0, steps=99, evaluate_every=99,
+        base, learning_rate=2e-2, clip_range=0.05, statistics_minimum=8, timesteps_per_image=0, images_per_prompt=8,
+        rollout_batch=16, micro_batch=16, invented_prompts=0, steps=99, evaluate_every=99,
     )  # fmt: skip
     first = made.rewarded(made.draw(50)).values
     for step in range(6):
@@ -331,9 +329,8 @@ def test_after_an_early_stop_nothing_is_drawn_any_more(base):
         ({"average_decay": 0.5}, "goes with the forward objective"),
         ({"images_per_prompt": 1}, "needs at least 2"),
         ({"evaluation_images": 1}, "needs at least 2"),
-        ({"eta": 0.0}, "eta is 0"),
         ({"timestep_spacing": "linspace"}, "variance 0"),
-        ({"anchor_weight": 0.5}, "no anchor"),
+        ({"anchor_weight": 0.5}, "need an anchor"),
         ({"objective": "ppo"}, "no objective"),
     ],
 )

@@ -45,11 +45,11 @@ RUNS = {
 
 def toy_learner(base, name, out, **options):
     options = {**LEARNING, **RUNS[name], "out": str(out), **options}
-    return toy.learner(base, options.pop("objective"), real=toy._real_images(9), fidelity_ceiling=100.0, **options)
+    return toy.learner(base, options.pop("objective"), real=toy._real_images(9), **options)
 
 
 def unet_learner(base, out):
-    """A real UNet with an anchor and self-play; neither its batches nor its images divide evenly."""
+    """A real UNet with an anchor and a held mean; neither its batches nor its images divide evenly."""
     latents = torch.randn(2, 6, tiny.LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0)).half()
 
     def embed(captions):
@@ -58,7 +58,7 @@ def unet_learner(base, out):
     schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     anchor = Anchor(latents, lambda i, rng: f"image {i} {rng.random():.3f}", embed, schedule)
     options = {"out": str(out), "objective": "forward", "steps": 2, "kl_weight": 0.1, "micro_batch": 3}
-    return small.learner(base, anchor=anchor, anchor_weight=0.5, anchor_batch=3, self_play_images=3, **options)
+    return small.learner(base, anchor=anchor, anchor_weight=0.5, anchor_batch=3, mean_held=5, mean_redrawn=3, **options)
 
 
 def train_all(out, names):

@@ -1,6 +1,4 @@
 import math
-import threading
-import time
 
 import pytest
 import torch
@@ -217,34 +215,12 @@ def test_a_reward_of_another_shape_is_a_failure(classifier):
     assert not found.valid.any()
 
 
-@pytest.mark.parametrize("timeout_s", [0.0, 60.0])
-def test_an_interrupt_is_not_swallowed(classifier, timeout_s):
+def test_an_interrupt_is_not_swallowed(classifier):
     def stopped(batch: Drawn) -> torch.Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        safe_rewards(stopped, drawn(classifier, [asking(hair=1.0)]), timeout_s)
-
-
-def test_a_reward_that_is_late_masks_its_image_and_no_other(classifier):
-    waiting = threading.Event()
-
-    def slow(batch: Drawn) -> torch.Tensor:
-        if any("ink" in prompt.targets for prompt in batch.prompts):
-            waiting.wait(60)
-        return batch.images.mean(dim=(1, 2, 3)) * 0 + len(batch)
-
-    batch = drawn(classifier, [asking(hair=1.0), asking(ink=1.0), asking(hair=0.0)])
-    batch.images.requires_grad_(True)
-    began = time.monotonic()
-    found = safe_rewards(slow, batch, timeout_s=1.5)
-    waiting.set()
-    assert time.monotonic() - began < 30
-    assert found.valid.tolist() == [True, False, True]
-    assert found.values.tolist() == [1.0, 0.0, 1.0]
-    assert not found.values.requires_grad
-    assert "no reward after 0.5 s" in found.failures[0]
-    assert safe_rewards(slow, batch, timeout_s=60.0).valid.all()
+        safe_rewards(stopped, drawn(classifier, [asking(hair=1.0)]))
 
 
 def test_a_pair_is_scored_by_reward_and_judge_apart(classifier, judge):

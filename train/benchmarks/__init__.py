@@ -5,7 +5,6 @@ import importlib
 from medviz.errors import InputError
 
 BENCHMARKS = {
-    "attention": ("train.benchmarks.attention", "what capturing attention costs a picture"),
     "pair": ("train.benchmarks.pair", "how long a pair takes, drawn in the same passes and one after the other"),
     "rl": ("train.benchmarks.rl.benchmark", "our reinforcement learning beside TRL's DDPO"),
 }

@@ -1,7 +1,10 @@
 """How long a pair takes a model that is loaded: as the app draws and measures it, and drawn in the same passes beside
 one picture after the other."""
 
-from collections.abc import Sequence
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,6 @@ from medviz.models.adapters import using_adapter
 from medviz.models.library import ModelLibrary
 from medviz.results import Request
 from medviz.workbench import Models, compare, load_models
-from train.benchmarks.timing import timed, write
 from train.evaluate.statistics import student_interval, student_ratio
 
 
@@ -63,9 +65,9 @@ def _of_steps(models: Models, steps: int, repeats: int) -> dict[str, Any]:
     for turn in range(-1, repeats):  # the first, number -1, is not counted
         request = Request(name, prompts[turn % len(prompts)], turn + 1, steps, models.guidance.scale, adapter)
         seconds = (
-            timed(partial(compare, models, request, None, lambda: None))[0],
-            timed(partial(_draw, models, request, [(None, adapter)]))[0],
-            timed(partial(_draw, models, request, [(None,), (adapter,)]))[0],
+            _seconds(partial(compare, models, request, None, lambda: None)),
+            _seconds(partial(_draw, models, request, [(None, adapter)])),
+            _seconds(partial(_draw, models, request, [(None,), (adapter,)])),
         )
         if turn >= 0:
             whole[turn], together[turn], apart[turn] = seconds
@@ -74,6 +76,12 @@ def _of_steps(models: Models, steps: int, repeats: int) -> dict[str, Any]:
         "slowest_pair_s": float(whole.max()),
         "apart_over_together": student_ratio(apart, together).as_json(),
     }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def _draw(models: Models, request: Request, drawings: Sequence[Sequence[str | None]]) -> list[torch.Tensor]:
@@ -97,4 +105,8 @@ def _draw(models: Models, request: Request, drawings: Sequence[Sequence[str | No
 def main(arguments: list[str]) -> None:
     """`python -m train bench pair [options]`."""
     config = tyro.cli(PairBenchmark, args=arguments, prog="python -m train bench pair")
-    write(measure(config), config.out)
+    text = json.dumps(measure(config), indent=1) + "\n"
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.out).write_text(text)
+    sys.stdout.write(text)

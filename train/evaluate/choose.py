@@ -31,7 +31,6 @@ from train.datasets.split import open_split
 from train.evaluate.alignment import Agreement, agreement
 from train.evaluate.features import independent_space, judge_space
 from train.evaluate.fidelity import kernel_distance, kernel_distance_change
-from train.evaluate.figures import Figure
 from train.evaluate.generated import caption_request, file_records, generate
 from train.evaluate.measure import BASELINE
 from train.evaluate.real import RealImages, real_images
@@ -252,42 +251,6 @@ class ValidationLook:
         """The changes of `compared` alone, their keys with `ending`."""
         found = self.compared(now, before)
         return {f"{name}{ending}": change for name, change in found.items() if "change" in name}
-
-    def figures(self, arms: Mapping[str, Seen], photographs: Seen, table: str) -> list[Figure]:
-        """Kernel distances and accuracy of several arms as figures of a table: the first arm's, the others' with their
-        changes since, and those of `photographs`, the real images that the captions describe."""
-        measured = {name: self.compared(arm, next(iter(arms.values()))) for name, arm in arms.items()}
-        real, (first, *others) = self.compared(photographs, photographs), measured
-
-        def figure(name: str, change: str, label: str, space: str | None) -> Figure:
-            return Figure(
-                name=name,
-                label=label,
-                group="fidelity" if space else "alignment",
-                role=None if space else "judge",
-                prompts="captions",
-                space=space,
-                higher_is_better=not space,
-                headline=True,
-                table=table,
-                real=real[name],
-                baseline=measured[first][name],
-                aligned={other: measured[other][name] for other in others},
-                change={other: measured[other][change] for other in others},
-            )
-
-        return [
-            *(
-                figure(
-                    f"kernel_distance_{space.name}",
-                    f"kernel_distance_change_{space.name}",
-                    f"Kernel distance (KID) to real images, {space.description}",
-                    space.name,
-                )
-                for space in self.spaces
-            ),
-            figure("accuracy", "accuracy_change", "Prompt accuracy by the judge", None),
-        ]
 
 
 def main(arguments: list[str]) -> None:

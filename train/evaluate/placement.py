@@ -319,6 +319,6 @@ def _figure(role: str, key: str, label: str, rows: Mapping[str, np.ndarray], rea
 def main(arguments: list[str]) -> None:
     """`python -m train evaluate placement RECIPE [overrides]`."""
     if not arguments:
-        raise InputError("name the recipe, e.g. train/recipes/placement-radiology-cpu.yaml")
+        raise InputError("name the recipe, e.g. train/recipes/placement-radiology.yaml")
     config = parse(arguments, PlacementConfig)
     run(config, command=f"python -m train evaluate placement {shlex.join(arguments)}")

@@ -391,6 +391,6 @@ def _write_report(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     """`python -m train evaluate RECIPE [overrides]`."""
     if not arguments:
-        raise InputError("name the recipe, e.g. train/recipes/evaluate-dermatology-cpu.yaml")
+        raise InputError("name the recipe, e.g. train/recipes/evaluate.yaml")
     config = parse(arguments, EvaluateConfig)
     run(config, command=f"python -m train evaluate {shlex.join(arguments)}")

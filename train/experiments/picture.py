@@ -1,10 +1,8 @@
-"""Pictures of experiments: methods against reward queries and compute, distance from real images against compute."""
+"""The picture of the methods experiment: the judge's gain against reward queries and against compute."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from medviz.errors import InputError
 
@@ -47,51 +45,5 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], arms: Sequence[Mappi
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("judge's score, gain over the baseline")
     figure.axes[0].legend(loc="best", frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def draw_curve(report: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a report of `train.experiments.curve`: a panel a feature space, logarithmic compute.
-
-    Points are kernel distances with their 95 % intervals; the dashed line is the power law, the grey one the bound of
-    a few times the distance of real images from real images. Raises InputError where matplotlib is missing.
-    """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figures = {figure["name"]: figure for figure in report["figures"]}
-    names = [arm["name"] for arm in report["arms"]]
-
-    def values(name: str) -> list[Mapping[str, Any]]:
-        shown = figures[name]
-        return [shown["baseline"], *(shown["adapters"][arm]["value"] for arm in names[1:])]
-
-    across = [value["value"] for value in values("petaflops")]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (space, law) in zip(figure.subplots(1, len(report["trends"])), report["trends"].items(), strict=True):
-        found = figures[f"kernel_distance_{space}"]
-        points = values(found["name"])
-        heights = [point["value"] for point in points]
-        ends = [[abs(point["value"] - point[end]) for point in points] for end in ("low", "high")]
-        axes.errorbar(across, heights, yerr=ends, fmt="o", markersize=4, color=COLOURS[0], capsize=2)
-        axes.axhline(law["near"], color="#999999", linewidth=0.8)
-        axes.axhline(0.0, color="#cccccc", linewidth=0.8)
-        if through := law["law"]:
-            end = max(across[-1], min(law["petaflops_needed"] or 0.0, 100 * across[-1]))
-            line = np.geomspace(across[0], end, 50)
-            falls = np.exp(through["intercept"]) * line ** -through["exponent"]
-            axes.plot(line, falls, linestyle="--", linewidth=1, color=COLOURS[1])
-        for arm, x, y in zip(report["arms"], across, heights, strict=True):
-            axes.annotate(
-                arm["label"], (x, y), xytext=(3, 5), textcoords="offset points", fontsize="x-small", rotation=40
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("training compute of the generator, PFLOP")
-        axes.set_title(found["label"].split(", ", 1)[1], fontsize="medium")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("kernel distance (KID) to real images")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -10,7 +10,7 @@ from medviz.generation.sampling import decode, sample
 from train import processes, seeding
 from train.rl.log_prob import DdimSchedule, deterministic_schedule, stochastic_schedule
 from train.rl.objectives import get_objective
-from train.rl.policy import Policy
+from train.rl.policy import LoraPolicy
 from train.rl.prompts import PromptTable
 from train.rl.recipe import RlConfig
 from train.rl.rollout import Rollout, latent_seeds, roll_out
@@ -25,7 +25,7 @@ def open_schedule(config: RlConfig, pipeline: StableDiffusionPipeline) -> DdimSc
     spaced = {**pipeline.scheduler.config, "timestep_spacing": config.timestep_spacing, "steps_offset": 1}
     if replays == "direct":
         return deterministic_schedule(spaced, config.rollout_steps)
-    return stochastic_schedule(spaced, config.rollout_steps, config.eta)
+    return stochastic_schedule(spaced, config.rollout_steps)
 
 
 class Drawing:
@@ -38,7 +38,7 @@ class Drawing:
         self,
         config: RlConfig,
         pipeline: StableDiffusionPipeline,
-        policy: Policy,
+        policy: LoraPolicy,
         table: PromptTable,
         schedule: DdimSchedule | None,
     ) -> None:

@@ -26,24 +26,23 @@ from train.evaluate.statistics import paired_difference
 from train.rl.advantages import ADVANTAGES, PromptStatistics
 from train.rl.drawing import Drawing, open_schedule
 from train.rl.gallery import Gallery
-from train.rl.games import Arena, Games
 from train.rl.looking import Looks, RealImages
 from train.rl.mean_held import MeanHeld
 from train.rl.objectives import get_objective
-from train.rl.policy import LoraPolicy, Policy, WholePolicy
+from train.rl.policy import LoraPolicy
 from train.rl.prompts import any_prompt_table, invented_prompts, prompt_table
 from train.rl.recipe import RlConfig, check, needs_real_latents
 from train.rl.replaying import Replayer
 from train.rl.rollout import Rollout
 from train.rl.safeguards import Anchor, Evaluation, Judge, Watch
 from train.rl.scoring import Scorer
-from train.rl.self_play import SelfPlay
 from train.rl.tone import tones, without_tone
 from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-3
+MAX_GRAD_NORM = 1.0
 BY_PASS = ("ratio_deviation", "ratio", "clip_fraction")  # figures that are also logged timestep by timestep
 
 
@@ -56,7 +55,7 @@ class Rewarded:
 
 
 class RlLearner:
-    """Learns an adapter, or all weights of the unet, from rewards; see `train.loop.Learner`."""
+    """Learns an adapter from rewards; see `train.loop.Learner`."""
 
     def __init__(
         self,
@@ -75,8 +74,7 @@ class RlLearner:
         check(config)
         if anchor is None and needs_real_latents(config):
             raise InputError(
-                f"anchor_weight is {config.anchor_weight}, self_play_images {config.self_play_images} and mean_held "
-                f"{config.mean_held}, but there is no anchor that has real images"
+                f"anchor_weight {config.anchor_weight} and mean_held {config.mean_held} need an anchor with real images"
             )
         self.config, self.pipeline, self.scorer, self.anchor = config, pipeline, scorer, anchor
         self.objective = get_objective(config.objective)
@@ -98,7 +96,7 @@ class RlLearner:
         )
         self.drawing = Drawing(config, pipeline, self.policy, self.table, self.schedule)
         self.replayer = Replayer(config, pipeline, self.policy, self.table, self.schedule, scorer.with_gradient)
-        self.games = self._games(domain, anchor) if anchor else {}
+        self.mean_held = self._mean_held(domain, anchor) if anchor and config.mean_held else None
         compared = None if real is None else any_prompt_table(pipeline, domain, real.captions, config.guidance)
         features = None if real is None else real.features
         self.gallery = None
@@ -107,7 +105,7 @@ class RlLearner:
             self.gallery = Gallery(config, self.drawing, scorer.likeness, drawn)
         self.looks = Looks(config, self.drawing, scorer, judge, len(validation), features, compared, tracker)
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_minimum)
-        self.watch = Watch(config.diversity_floor, config.patience, ceiling=config.fidelity_ceiling)
+        self.watch = Watch(patience=config.patience)
         self.best: dict[str, torch.Tensor] = {}
         self.failures = 0
         self.forwards: dict[str, int] = defaultdict(int)
@@ -119,42 +117,32 @@ class RlLearner:
                 ("images a look", len(self.looks.prompts) * config.evaluation_images),
                 *([] if real is None else [("captions of real images", len(real.captions))]),
                 *([("captions drawn for likeness", config.likeness_redrawn)] if self.gallery else []),
-                *([("captions drawn for self-play", config.self_play_images)] if config.self_play_images else []),
                 *([("captions drawn to hold the mean", config.mean_redrawn)] if config.mean_held else []),
             ]
         )
 
-    def _policy(self) -> Policy:
-        config, unet = self.config, self.pipeline.unet
-        averaged = self.objective.replays == "forward"
-        if config.train_what == "full":
-            return WholePolicy(unet, config.adapter, averaged=averaged)
+    def _policy(self) -> LoraPolicy:
+        config = self.config
         policy = LoraPolicy(
-            unet,
+            self.pipeline.unet,
             config.adapter,
             rank=config.rank,
             alpha=config.lora_alpha,
-            convolutions=config.lora_convolutions,
-            averaged=averaged,
+            averaged=self.objective.replays == "forward",
             folded=not config.bf16,
             start=config.lora_start,
             seed=config.seed,
         )
         if config.start:
-            policy.go_on_from(Path(config.start), config.start_strength)
+            policy.go_on_from(Path(config.start))
         return policy
 
-    def _games(self, domain: Domain, anchor: Anchor) -> dict[str, Games]:
-        """What is learnt beside the rewards, by the name that it is counted and logged by."""
-        config, games = self.config, dict[str, Games]()
-        arena = Arena(config, self.pipeline, self.policy, self.scorer.with_gradient)
-        if config.self_play_images:
-            games["self play"] = SelfPlay(arena, domain, self.drawing, anchor.latents, anchor.caption)
-        if config.mean_held:
-            held = anchor.captions(config.mean_held, "rl-mean-held")
-            captions = any_prompt_table(self.pipeline, domain, held, config.guidance)
-            games["mean held"] = MeanHeld(arena, self.drawing, captions)
-        return games
+    def _mean_held(self, domain: Domain, anchor: Anchor) -> MeanHeld:
+        config = self.config
+        held = anchor.captions(config.mean_held, "rl-mean-held")
+        captions = any_prompt_table(self.pipeline, domain, held, config.guidance)
+        replayer = Replayer(config, self.pipeline, self.policy, captions, None, self.scorer.with_gradient)
+        return MeanHeld(config, self.drawing, captions, replayer)
 
     def _count(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: Any) -> None:
         self._seen["all"] += len(arguments[0])
@@ -224,10 +212,9 @@ class RlLearner:
             rollout.prompt_ids, rewards.values, rewards.valid, config.advantage_clip, self.statistics
         )
         rows = seeding.numpy_generator(config.seed, "rl-order", step).permutation(np.flatnonzero(rewards.valid))
-        games = {}
-        for name, maker in self.games.items():
-            with self._counted(name):
-                games[name] = maker.game(step)
+        if self.mean_held:
+            with self._counted("mean held"):
+                pairs = self.mean_held.pairs(step)
         sums: dict[str, list[float]] = defaultdict(list)
         for update, mine in enumerate(part for part in np.array_split(rows, config.updates) if len(part)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -242,16 +229,16 @@ class RlLearner:
                     figures["anchor"] = self.anchor.accumulate(
                         self.pipeline.unet, step * config.updates + update, config.anchor_batch, config.anchor_weight
                     )
-            for name, game in games.items():
-                part = game.rows(update, config.updates)
+            if self.mean_held:
+                part = pairs.rows(update, config.updates)
                 found = self.accumulate(
-                    step, game.rollout, game.advantages, part, replayer=game.replayer, weight=game.weight
-                )
-                figures |= {f"{name}_{key}".replace(" ", "_"): figure for key, figure in found.items()} | game.figures
+                    step, pairs.rollout, pairs.advantages, part,
+                    replayer=self.mean_held.replayer, weight=config.mean_weight,
+                )  # fmt: skip
+                figures |= {f"mean_held_{key}": figure for key, figure in found.items()}
+                figures["mean_moved"] = pairs.moved
             processes.sum_gradients(self.policy.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
-            )
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM, error_if_nonfinite=True)
             self.optimizer.step()
             for name, figure in (figures | {"grad_norm": norm.item()}).items():
                 sums[name].append(figure)
@@ -330,7 +317,7 @@ class RlLearner:
             "reward": self.scorer.composite.state(),
             "watch": self.watch.state(),
             "looks": self.looks.state(),
-            "games": {name: maker.state() for name, maker in self.games.items()},
+            "mean_held": self.mean_held.state() if self.mean_held else {},
             "gallery": self.gallery.state() if self.gallery else {},
             "failures": self.failures,
             "forwards": dict(self.forwards),
@@ -345,8 +332,8 @@ class RlLearner:
         self.scorer.composite.load_state(state["reward"])
         self.watch.load_state(state["watch"])
         self.looks.load_state(state["looks"])
-        for name, maker in self.games.items():
-            maker.load_state(state["games"][name])
+        if self.mean_held:
+            self.mean_held.load_state(state["mean_held"])
         if self.gallery:
             self.gallery.load_state(state["gallery"])
         self.failures = state["failures"]

@@ -7,34 +7,54 @@ worse. A pair differs in nothing but the mean, so nothing else is learnt from it
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from train.rl.drawing import Drawing
-from train.rl.games import Arena, Game
 from train.rl.prompts import PromptTable
-from train.rl.rollout import latent_seeds
+from train.rl.recipe import RlConfig
+from train.rl.replaying import Replayer
+from train.rl.rollout import Rollout, latent_seeds
 
 CELLS = 8
 """Of a mean picture, along a side: finer than that it is noise of the captions that it was taken over."""
 
 
-class MeanHeld:
-    """Makes the game of each epoch from a fixed set of captions, each with a noise of its own.
+@dataclass(frozen=True)
+class Pairs:
+    """An epoch's N pairs of latents, in the form of the forward objective (DiffusionNFT, arXiv 2509.16117).
 
-    Each epoch draws `mean_redrawn` of them anew, in turn; the mean is over all of them, the others as they would be if
-    they had moved since as those did.
+    rollout: 2 N latents, the better ones first, then the worse, a pair at the same noise and timesteps; advantages
+    (2 N,): 1 and -1; moved: how far the mean picture lies from the untrained model's, in standard deviations.
     """
 
-    def __init__(self, arena: Arena, drawing: Drawing, captions: PromptTable) -> None:
-        self.arena, self.drawing, self.captions = arena, drawing, captions
+    rollout: Rollout
+    advantages: np.ndarray
+    moved: float
+
+    def rows(self, update: int, updates: int) -> np.ndarray:
+        """The latents of one of an epoch's updates, both of each pair."""
+        mine = np.array_split(np.arange(len(self.advantages) // 2), updates)[update]
+        return np.concatenate([mine, mine + len(self.advantages) // 2])
+
+
+class MeanHeld:
+    """Makes the pairs of each epoch from a fixed set of captions, each with a noise of its own.
+
+    Each epoch draws `mean_redrawn` of them anew, in turn; the mean is over all of them, the others as they would be if
+    they had moved since as those did. replayer: of the captions.
+    """
+
+    def __init__(self, config: RlConfig, drawing: Drawing, captions: PromptTable, replayer: Replayer) -> None:
+        self.config, self.drawing, self.captions, self.replayer = config, drawing, captions, replayer
         self._untrained, self._drawn = torch.empty(0), torch.empty(0)
 
-    def game(self, epoch: int) -> Game:
+    def pairs(self, epoch: int) -> Pairs:
         """Latents of the captions whose turn it is in `epoch`, with the mean put back and as they were drawn."""
-        config, policy, count = self.arena.config, self.drawing.policy, len(self.captions.prompts)
+        config, policy, count = self.config, self.drawing.policy, len(self.captions.prompts)
         everyone, turn = np.arange(count), min(config.mean_redrawn, count)
         ids = np.arange(epoch * turn, (epoch + 1) * turn) % count
         if len(self._untrained):
@@ -54,13 +74,15 @@ class MeanHeld:
         figure = (moved.square().mean() / self._untrained.var(dim=0).mean().clamp(min=1e-12)).sqrt().item()
         # The optimum of the forward objective lies 1 / (2 beta advantage_clip) of the way from worse to better: there
         # the mean is back, and a large weight cannot go beyond.
-        better, figures = worse + 2 * config.beta * config.advantage_clip * back, {"mean_moved": figure}
-        return self.arena.game(self.captions, ids, better, worse, weight=config.mean_weight, figures=figures)
+        better = worse + 2 * config.beta * config.advantage_clip * back
+        number = tuple(range(len(ids)))  # both of a pair have one number, which names their noise
+        rollout = Rollout(np.tile(ids, 2), number * 2, torch.cat([better, worse]))
+        return Pairs(rollout, np.repeat(np.array([1.0, -1.0], np.float32), len(ids)), figure)
 
     def _draw(self, ids: np.ndarray, adapter: str | None) -> torch.Tensor:
-        seeds = latent_seeds(self.arena.config.seed, "rl-mean-held", 0, ids.tolist())
+        seeds = latent_seeds(self.config.seed, "rl-mean-held", 0, ids.tolist())
         with self.drawing.policy.using(adapter):
-            return self.drawing.sample(self.captions, ids, seeds, self.arena.config.rollout_steps)
+            return self.drawing.sample(self.captions, ids, seeds, self.config.rollout_steps)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `load_state` takes back exactly."""

@@ -1,11 +1,8 @@
-"""What is trained: a LoRA adapter on a frozen unet, or all of its weights; where wanted with a running average that
-draws the images."""
+"""The policy: a LoRA adapter on a frozen UNet, and optionally a running average of it that draws the images."""
 
-import json
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,40 +13,89 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 
 from medviz.errors import InputError
-from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_lora, loaded_adapters, save_lora, using_adapter
+from medviz.models.adapters import load_lora, loaded_adapters, save_lora, using_adapter
 from train import seeding
-from train.diffusion import SHARD_BYTES
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2")
 STARTED = "started-from"
-KIND_UNET = "unet"
 STARTS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian"}
 """What LoRA's A starts from, B being 0: PEFT's Kaiming-uniform, or a Gaussian of spread 1 / rank (LoRA, arXiv
 2106.09685), which at small ranks is several times wider, so that the same learning rate goes that much further."""
 
 
-class Policy(ABC):
-    """The trained weights of `unet`, called `name`, which start as no change at all and alone receive gradients.
+class LoraPolicy:
+    """The adapter `name` of `unet`, which starts as no change at all and alone receives gradients.
 
-    behaviour: the weights that draw images: `name` itself, or its average where `averaged`.
+    behaviour: the weights that draw images: `name` itself, or its running average where `averaged`.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, name: str, averaged: bool) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        convolutions: bool = False,
+        averaged: bool = False,
+        folded: bool = False,
+        start: str = "kaiming",
+        seed: int = 0,
+    ) -> None:
+        """rank, alpha: of LoRA, whose change is scaled by alpha / rank; convolutions: also on the residual blocks' 3x3;
+        folded: see :func:`fold`; start: see STARTS.
+
+        Raises InputError when the unet already holds an adapter of that name.
+        """
+        if name in loaded_adapters(unet):
+            raise InputError(f"the unet already holds an adapter {name!r}; train another name on the plain baseline")
         self.unet, self.name = unet, name
         self.behaviour = f"{name}-average" if averaged else name
+        unet.requires_grad_(False).eval()
+        targets = [*ATTENTION, *(CONVOLUTIONS if convolutions else ())]
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the average beside the policy is meant
+            for adapter in dict.fromkeys((self.behaviour, name)):
+                torch.manual_seed(seeding.key(seed, "rl", "weights"))
+                options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=STARTS[start])
+                unet.add_adapter(options, adapter)
+        self._let_learn()
+        if folded:
+            fold(unet)
+        unet.eval()
 
-    @abstractmethod
+    def _let_learn(self) -> None:
+        """Switch the trained weights on, and let them alone have gradients."""
+        self.unet.set_adapter(self.name)
+        self.unet.enable_adapters()
+        for adapter in dict.fromkeys((self.behaviour, self.name)):
+            for weight in self._live(adapter).values():
+                weight.requires_grad_(adapter == self.name)
+
+    def go_on_from(self, folder: Path) -> None:
+        """Start from the adapter in `folder`, the average of the weights as well.
+
+        Raises ModelError when it cannot be loaded, InputError when its shape is another.
+        """
+        load_lora(self.unet, folder, STARTED)
+        try:
+            found = self.weights(STARTED)
+            scaling = next(m.scaling for m in self.unet.modules() if isinstance(m, LoraLinear) and STARTED in m.scaling)
+            share = scaling[STARTED] / scaling[self.name]
+        finally:
+            self.unet.delete_adapters(STARTED)
+        for which in dict.fromkeys((self.behaviour, self.name)):
+            live = self._live(which)
+            if {n: w.shape for n, w in live.items()} != {n: w.shape for n, w in found.items()}:
+                raise InputError(f"the adapter in {folder} has another rank or other layers than the one to be trained")
+            # the change is B A: one factor takes the share
+            self.set_weights(which, {n: w * share if "lora_B" in n else w for n, w in found.items()})
+        self._let_learn()
+
     def using(self, which: str | None) -> AbstractContextManager[None]:
-        """The unet with the weights `which`, name or behaviour, or with what it was before training for None."""
-
-    @abstractmethod
-    def save(self, folder: Path, details: Mapping[str, Any]) -> None:
-        """Write the weights `name` and what is to be said of them to `folder`."""
-
-    @abstractmethod
-    def _live(self, which: str) -> dict[str, torch.Tensor]:
-        """The weights themselves, by names that do not contain `which`."""
+        """The unet with the weights `which`, name or behaviour, or without the adapter for None."""
+        return using_adapter(self.unet, which)
 
     def parameters(self) -> list[torch.Tensor]:
         """The trained weights, always in the same order."""
@@ -76,80 +122,12 @@ class Policy(ABC):
             for mean, weight in zip(self._live(self.behaviour).values(), self.parameters(), strict=True):
                 mean.lerp_(weight, 1 - decay)
 
-
-class LoraPolicy(Policy):
-    """The adapter `name` of `unet`, all else frozen."""
-
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        name: str,
-        *,
-        rank: int,
-        alpha: float,
-        convolutions: bool = False,
-        averaged: bool = False,
-        folded: bool = False,
-        start: str = "kaiming",
-        seed: int = 0,
-    ) -> None:
-        """rank, alpha: of LoRA, whose change is scaled by alpha / rank; convolutions: also on the residual blocks' 3x3;
-        folded: see :func:`fold`; start: see STARTS.
-
-        Raises InputError when the unet already holds an adapter of that name.
-        """
-        if name in loaded_adapters(unet):
-            raise InputError(f"the unet already holds an adapter {name!r}; train another name on the plain baseline")
-        super().__init__(unet, name, averaged)
-        unet.requires_grad_(False).eval()
-        targets = [*ATTENTION, *(CONVOLUTIONS if convolutions else ())]
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the average beside the policy is meant
-            for adapter in dict.fromkeys((self.behaviour, name)):
-                torch.manual_seed(seeding.key(seed, "rl", "weights"))
-                options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=STARTS[start])
-                unet.add_adapter(options, adapter)
-        self._let_learn()
-        if folded:
-            fold(unet)
-        unet.eval()
-
-    def _let_learn(self) -> None:
-        """Switch the trained weights on, and let them alone have gradients."""
-        self.unet.set_adapter(self.name)
-        self.unet.enable_adapters()
-        for adapter in dict.fromkeys((self.behaviour, self.name)):
-            for weight in self._live(adapter).values():
-                weight.requires_grad_(adapter == self.name)
-
-    def go_on_from(self, folder: Path, strength: float = 1.0) -> None:
-        """Start from `strength` times the change of the adapter in `folder`, the average of the weights as well.
-
-        Raises ModelError when it cannot be loaded, InputError when its shape is another.
-        """
-        load_lora(self.unet, folder, STARTED)
-        try:
-            found = self.weights(STARTED)
-            scaling = next(m.scaling for m in self.unet.modules() if isinstance(m, LoraLinear) and STARTED in m.scaling)
-            share = strength * scaling[STARTED] / scaling[self.name]
-        finally:
-            self.unet.delete_adapters(STARTED)
-        for which in dict.fromkeys((self.behaviour, self.name)):
-            live = self._live(which)
-            if {n: w.shape for n, w in live.items()} != {n: w.shape for n, w in found.items()}:
-                raise InputError(f"the adapter in {folder} has another rank or other layers than the one to be trained")
-            # the change is B A: one factor takes the share
-            self.set_weights(which, {n: w * share if "lora_B" in n else w for n, w in found.items()})
-        self._let_learn()
-
-    def using(self, which: str | None) -> AbstractContextManager[None]:
-        return using_adapter(self.unet, which)
-
     def save(self, folder: Path, details: Mapping[str, Any]) -> None:
         """Write an adapter folder; see `medviz.models.adapters.save_lora`."""
         save_lora(self.unet, folder, self.name, details=details)
 
     def _live(self, which: str) -> dict[str, torch.Tensor]:
+        """The weights themselves, by names that do not contain `which`."""
         part = f".{which}."
         return {n.replace(part, "."): w for n, w in self.unet.named_parameters() if part in n and "lora_" in n}
 
@@ -172,41 +150,3 @@ def _folded(layer: LoraLinear, x: torch.Tensor, *arguments: Any, **named: Any) -
     (name,), base = layer.active_adapters, layer.base_layer
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     return torch.nn.functional.linear(x, torch.addmm(base.weight, up, down, alpha=layer.scaling[name]), base.bias)
-
-
-class WholePolicy(Policy):
-    """Every weight of `unet`. What it was before, and the average, are kept beside it and swapped in."""
-
-    def __init__(self, unet: UNet2DConditionModel, name: str, *, averaged: bool = False) -> None:
-        """Raises InputError when the unet holds an adapter: its weights would count among those trained."""
-        if loaded_adapters(unet):
-            raise InputError(f"the unet holds the adapters {loaded_adapters(unet)}; train all weights of one without")
-        super().__init__(unet, name, averaged)
-        unet.requires_grad_(True).eval()
-        kept = [None, self.behaviour] if averaged else [None]
-        self._kept: dict[str | None, dict[str, torch.Tensor]] = {which: self.weights(name) for which in kept}
-
-    @contextmanager
-    def using(self, which: str | None) -> Iterator[None]:
-        self._swap(which)
-        try:
-            yield
-        finally:
-            self._swap(which)
-
-    def _swap(self, which: str | None) -> None:
-        if which == self.name:
-            return
-        kept = self._kept[which]
-        for name, weight in self._live(self.name).items():
-            weight.data, kept[name] = kept[name], weight.data
-
-    def save(self, folder: Path, details: Mapping[str, Any]) -> None:
-        """Write unet/ in place of an adapter: it is another model, and no app switches it on over its baseline."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.unet.save_pretrained(folder / "unet", max_shard_size=SHARD_BYTES)
-        text = json.dumps({"kind": KIND_UNET, **details}, indent=1, sort_keys=True, allow_nan=False)
-        (folder / ADAPTER_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-
-    def _live(self, which: str) -> dict[str, torch.Tensor]:
-        return dict(self.unet.named_parameters()) if which == self.name else self._kept[which]

@@ -12,7 +12,6 @@ from train.rl.policy import STARTS
 from train.rl.scoring import refuse_stepped
 
 COMPOSITE, LIKENESS = "composite", "likeness"
-TRAINED = ("lora", "full")
 KEPT = ("best", "newest")
 
 
@@ -28,8 +27,6 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Which reward of `medviz.rewards.registry` is made of it, or `composite`."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Rewards and their weights, of which `composite` is made; each is brought to unit spread first."""
-    reward_timeout_s: float = 0.0
-    """Seconds a batch's reward may take before its images are masked, e.g. where a service answers; 0: no bound."""
     contrastive: str = ""
     """The alignment/ folder of a contrastive run's model, for the alignment reward."""
     segmenter: str = ""
@@ -64,8 +61,6 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Solver steps of a rollout: the shipped solver for forward and awm, DDIM for the others (random but for draft)."""
     rollout_batch: int = 16
     """Images drawn at a time; memory and speed only."""
-    eta: float = 1.0
-    """Noise of a stochastic DDIM step, 0 < eta <= 1."""
     timestep_spacing: str = "trailing"
     """Of the DDIM steps: trailing or leading."""
     window: int = 0
@@ -74,8 +69,6 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Last steps that the reward's gradient goes through (draft), at most rollout_steps."""
     draft_random: bool = True
     """Draw the number of those steps from 1 .. draft_steps each epoch."""
-    draft_noisings: int = 0
-    """Noise the finished latents anew so many times and go through the last step of each; 0: replay the chain's end."""
 
     updates: int = 4
     """Optimiser steps an epoch; ddpo and grpo need at least 2, ddpo_sf takes 1."""
@@ -84,27 +77,15 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     only, the gradient is the same."""
     timesteps_per_image: int = 2
     """Timesteps of each image trained on an epoch; 0: every random step of the chain (ddpo, ddpo_sf, grpo)."""
-    trained_timesteps: tuple[int, int] = (0, 1000)
-    """Forward and awm train at timesteps low <= t < high. Left out, the noisiest keep the colours of real images: a
-    reward moves there what every prompt shares, and pictures leave real ones for little gain."""
-    train_guidance_scale: float = 1.0
-    """Of forward and awm: 1 trains the conditional half alone at half the cost."""
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    train_what: str = "lora"
-    """lora, or full: all weights of the UNet, exported as a model of its own and no adapter."""
     start: str = ""
     """Folder of a LoRA adapter of the same shape, which training goes on from; empty: from no change at all."""
-    start_strength: float = 1.0
-    """Share of its change that it starts with."""
     rank: int = 16
     """Of LoRA, on the attention projections."""
     lora_alpha: float = 16.0
     lora_start: str = "kaiming"
     """What LoRA's first factor starts from: kaiming, or gaussian, which at small ranks goes further at equal rate."""
-    lora_convolutions: bool = False
-    """LoRA on the residual blocks' convolutions as well."""
     compile: bool = False
     """torch.compile the UNet: minutes of compiling at first, then faster, the more so the smaller the UNet is."""
     bf16: bool = False
@@ -136,10 +117,6 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     """Real latents an optimiser step."""
     min_snr_gamma: float = 5.0
     """Of the anchor's loss, as in the recipe that finished the base."""
-    self_play_images: int = 0
-    """Real images an epoch that the policy's own of their captions are held against (forward); 0: none."""
-    self_play_weight: float = 1.0
-    """Weight of that beside the reward's objective."""
     mean_held: int = 0
     """Captions of real images whose mean picture is held where the untrained model has it (forward); 0: none."""
     mean_redrawn: int = 32
@@ -154,14 +131,10 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     evaluation_images: int = 4
     """Images a prompt and look, at least 2."""
     evaluation_steps: int = 10
-    diversity_floor: float = 0.85
-    """Least share of the untrained per-prompt diversity that an eligible adapter keeps."""
     fidelity_images: int = 0
     """Training images of the judge's half that evaluations are held against; 0: none, and none are read."""
     fidelity_captions: int = 64
     """Others of that half whose captions are drawn once each to be held against them."""
-    fidelity_ceiling: float = 1.1
-    """Greatest distance from them of an eligible adapter, as a multiple of the untrained model's."""
     patience: int = 2
     """Evaluations in a row that must agree before the run stops early."""
     keep: str = "best"
@@ -175,8 +148,8 @@ def uses_likeness(config: RlConfig) -> bool:
 
 
 def needs_real_latents(config: RlConfig) -> bool:
-    """Whether the run reads real images, latents or captions: for the anchor, for self-play or to hold the mean."""
-    return config.anchor_weight > 0 or config.self_play_images > 0 or config.mean_held > 0
+    """Whether the run reads real images, latents or captions: for the anchor or to hold the mean."""
+    return config.anchor_weight > 0 or config.mean_held > 0
 
 
 def rewards_of(config: RlConfig) -> dict[str, float]:
@@ -206,8 +179,6 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     yield config.updates > images, f"updates is {config.updates}; an epoch has {images} images, each update needs one"
     yield config.images_per_prompt < 2, f"images_per_prompt is {config.images_per_prompt}; comparing needs at least 2"
     yield config.evaluation_images < 2, f"evaluation_images is {config.evaluation_images}; diversity needs at least 2"
-    yield config.train_what not in TRAINED, f"no train_what {config.train_what!r}; allowed are {', '.join(TRAINED)}"
-    yield config.reward_timeout_s < 0, f"reward_timeout_s is {config.reward_timeout_s}; allowed are 0 and more"
     yield config.lora_start not in STARTS, f"no lora_start {config.lora_start!r}; allowed are {', '.join(STARTS)}"
     yield config.keep not in KEPT, f"no keep {config.keep!r}; allowed are {', '.join(KEPT)}"
     yield not 0 < config.beta <= 1, f"beta is {config.beta}; allowed are 0 < beta <= 1"
@@ -215,7 +186,6 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
         not 0 <= config.average_decay < 1,
         f"average_decay is {config.average_decay}; allowed are 0 <= decay < 1",
     )
-    yield config.fidelity_ceiling < 1, f"fidelity_ceiling is {config.fidelity_ceiling}; allowed are 1 and more"
     yield (
         config.fidelity_images != 0 and config.fidelity_images < 4,
         f"fidelity_images is {config.fidelity_images}; allowed are 0 and at least 4",
@@ -227,11 +197,6 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
     )
     yield config.likeness_redrawn < 1, f"likeness_redrawn is {config.likeness_redrawn}; allowed are 1 and more"
     yield config.fidelity_captions < 4, f"fidelity_captions is {config.fidelity_captions}; allowed are 4 and more"
-    yield config.self_play_images < 0, f"self_play_images is {config.self_play_images}; allowed are 0 and more"
-    yield (
-        0 < config.self_play_images < config.updates,
-        f"self_play_images is {config.self_play_images}; each of {config.updates} updates needs one",
-    )
     held = min(config.mean_held, config.mean_redrawn)
     yield (
         config.mean_held != 0 and held < max(config.updates, 2),
@@ -239,11 +204,6 @@ def _of_the_run(config: RlConfig) -> Iterator[tuple[bool, str]]:
         "needs one of them, and a mean two",
     )
     yield config.mean_weight <= 0, f"mean_weight is {config.mean_weight}; allowed are those above 0"
-    yield (
-        not 0 < config.start_strength <= 1,
-        f"start_strength is {config.start_strength}; allowed are 0 < strength <= 1",
-    )
-    yield bool(config.start) and config.train_what != "lora", "start is a LoRA adapter and goes with train_what lora"
     yield (
         config.advantages not in ("", *ADVANTAGES),
         f"no advantages {config.advantages!r}; allowed are {', '.join(ADVANTAGES)}, or empty for the objective's own",
@@ -266,12 +226,6 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
         replays == "forward" and config.timesteps_per_image < 1,
         f"timesteps_per_image is {config.timesteps_per_image}; {name} needs at least 1",
     )
-    low, high = config.trained_timesteps
-    yield (
-        not 0 <= low < high <= 1000 or (replays != "forward" and (low, high) != (0, 1000)),
-        f"trained_timesteps is {config.trained_timesteps}; allowed are 0 <= low < high <= 1000, and 0 1000 alone for "
-        "objectives that replay the steps of a rollout",
-    )
     yield (
         objective.needs_kl and config.kl_weight <= 0,
         f"kl_weight is {config.kl_weight}; {name} needs one above 0: without it an image below average is pushed away "
@@ -281,16 +235,7 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
         replays != "forward" and config.average_decay > 0,
         f"average_decay goes with the forward objectives; {name} draws from the policy itself",
     )
-    yield (
-        replays != "forward" and config.train_guidance_scale not in (1.0, config.guidance_scale),
-        f"train_guidance_scale is {config.train_guidance_scale}; {name} replays the steps of the rollout and trains at "
-        f"its guidance_scale, {config.guidance_scale}",
-    )
-    for option in ("self_play_images", "mean_held"):
-        yield (
-            getattr(config, option) > 0 and name != "forward",
-            f"{option} goes with the forward objective, found {name}",
-        )
+    yield config.mean_held > 0 and name != "forward", f"mean_held goes with the forward objective, found {name}"
     yield (
         config.window != 0 and replays != "reverse",
         f"window is {config.window}; {name} has no random steps to choose from",
@@ -303,8 +248,4 @@ def _of_the_method(config: RlConfig, objective: Objective) -> Iterator[tuple[boo
     yield (
         replays == "direct" and not 1 <= config.draft_steps <= steps,
         f"draft_steps is {config.draft_steps}; allowed are 1 to rollout_steps, {steps}",
-    )
-    yield (
-        config.draft_noisings < 0 or (config.draft_noisings > 0 and config.draft_steps > 1),
-        f"draft_noisings is {config.draft_noisings}; it noises the last step anew and goes with draft_steps 1",
     )

@@ -19,7 +19,7 @@ from medviz.generation.sampling import decode_latents, noise_pred
 from train import processes, seeding
 from train.rl.log_prob import DdimSchedule, Steps
 from train.rl.objectives import Losses, ObjectiveOptions, Replay, get_objective
-from train.rl.policy import Policy
+from train.rl.policy import LoraPolicy
 from train.rl.prompts import PromptTable
 from train.rl.recipe import RlConfig
 from train.rl.rollout import Rollout, certain_steps, replay_step
@@ -44,7 +44,7 @@ class Replayer:
         self,
         config: RlConfig,
         pipeline: StableDiffusionPipeline,
-        policy: Policy,
+        policy: LoraPolicy,
         table: PromptTable,
         schedule: DdimSchedule | None,
         reward: RewardGradient,
@@ -69,9 +69,6 @@ class Replayer:
             names = tuple(f"stratum{j}" for j in range(config.timesteps_per_image))
             return Passes(names, partial(self._noised, epoch))
         if self.objective.replays == "direct":
-            if config.draft_noisings:
-                names = tuple(f"noising{j}" for j in range(config.draft_noisings))
-                return Passes(names, partial(self._renoised, epoch))
             return Passes(("tail",), partial(self._tail, self.tail_length(epoch)))
         chosen = np.asarray(rollout.weighed)
         if 0 < config.timesteps_per_image < len(chosen):
@@ -133,12 +130,11 @@ class Replayer:
                 for stratum in range(config.timesteps_per_image)
             ]
         )
-        low, high = (timestep / self.noising.config.num_train_timesteps for timestep in config.trained_timesteps)
-        places = low + (high - low) * (drawn[which, numbers[rows]] + which) / config.timesteps_per_image
+        places = (drawn[which, numbers[rows]] + which) / config.timesteps_per_image
         noise = self._noise_of_each(rollout, rows, which, "rl-forward", epoch)
         noisy, timesteps, target = self._noise_again(rollout, rows, places, noise)
         embeds = self.table.embeds(rollout.prompt_ids[rows])
-        predict = partial(noise_pred, unet, noisy, timesteps, embeds, config.train_guidance_scale)
+        predict = partial(noise_pred, unet, noisy, timesteps, embeds, 1.0)
         old = reference = None
         with torch.no_grad():
             if self.objective.needs_old:
@@ -181,15 +177,6 @@ class Replayer:
         """DRaFT-K: the last `length` steps again from where the rollout stood, the reward's gradient through them."""
         start = rollout.at(rows, len(self._ddim) - length).to(advantages.device)
         return self._through(start, length, rows, rollout, advantages)
-
-    def _renoised(
-        self, epoch: int, rows: np.ndarray, which: np.ndarray, rollout: Rollout, advantages: torch.Tensor
-    ) -> Losses:
-        """DRaFT-LV: the last step again from the finished latents, noised to its level anew: less variance a sample."""
-        clean = rollout.latents[torch.from_numpy(rows)].to(advantages.device)
-        noise = self._noise_of_each(rollout, rows, which, "rl-noising", epoch)
-        last = torch.full((len(rows),), self._ddim.timesteps[-1], device=advantages.device)
-        return self._through(self.noising.add_noise(clean, noise, last), 1, rows, rollout, advantages)
 
     def _through(
         self, start: torch.Tensor, length: int, rows: np.ndarray, rollout: Rollout, advantages: torch.Tensor

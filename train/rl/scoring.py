@@ -43,10 +43,9 @@ class Scorer:
         likeness: Likeness | None = None,
         aspects: Mapping[str, tuple[str, ...]] | None = None,
         device: str | torch.device = "cpu",
-        timeout_s: float = 0.0,
     ) -> None:
-        """device: where the networks are; timeout_s: see `safe_rewards`; the rest: see `Drawn` beside it."""
-        self.composite, self.likeness, self.device, self.timeout_s = composite, likeness, device, timeout_s
+        """device: where the networks are; the rest: see `Drawn` beside it."""
+        self.composite, self.likeness, self.device = composite, likeness, device
         self._networks: dict[str, Any] = {
             "classifier": classifier, "anatomy": anatomy, "alignment": alignment, "likeness": likeness,
             "aspects": aspects or {},
@@ -59,7 +58,7 @@ class Scorer:
             rows = slice(start, start + batch)
             drawn = self._drawn(images[rows].to(self.device), parsed[rows])
             for name, reward in self.composite.functions.items():
-                found[name].append(safe_rewards(reward, drawn, self.timeout_s))
+                found[name].append(safe_rewards(reward, drawn))
         parts = {name: torch.cat([each.values for each in held]).double().cpu() for name, held in found.items()}
         valid = [torch.cat([each.valid for each in held]).cpu().numpy() for held in found.values()]
         return Seen(parts, np.logical_and.reduce(valid))

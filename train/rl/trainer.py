@@ -85,7 +85,6 @@ def open_scorer(config: RlConfig, domain: Domain, real: RealImages | None = None
         likeness=Likeness(classifier.features, real.features.to(config.device)) if classifier and real else None,
         aspects=domain.aspects,
         device=config.device,
-        timeout_s=config.reward_timeout_s,
     )
 
 

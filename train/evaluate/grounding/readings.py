@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from medviz.domains import Domain
-from medviz.generation.inversion import T_WINDOW, Method, attention_on_image
+from medviz.generation.inversion import attention_on_image
 from medviz.grounding.capture import resize
 from medviz.grounding.heat_maps import grounding_heat_map, joint_scale
 from medviz.grounding.words import content_indices
@@ -33,18 +33,12 @@ CAM_BATCH = 32
 
 @dataclass(frozen=True)
 class Reading:
-    """How attention is read from an image; see `attention_on_image`.
+    """How attention is read from an image noised once to a mid-schedule timestep; see `attention_on_image`.
 
-    each_level: whether the maps of every noise level of an inversion are stretched to [0, 1] before they are averaged,
-    as arXiv 2506.10633 does; one_step always averages its noises first, which differ by chance alone. blur_sigma_px:
-    of the finished map.
+    seeds: noises whose maps are averaged; blur_sigma_px: of the finished map.
     """
 
-    method: Method
-    steps: int
-    t_window: tuple[float, float] = T_WINDOW
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    each_level: bool = True
     blur_sigma_px: float = 2.5
 
 
@@ -86,11 +80,8 @@ def _read(pipeline: StableDiffusionPipeline, phrases: PhraseSet, rows: slice, re
         pipeline,
         to_pixels(phrases.images[[each.image for each in chosen]]),
         [each.phrase for each in chosen],
-        method=reading.method,
-        steps=reading.steps,
-        t_window=reading.t_window,
+        method="one_step",
         seeds=reading.seeds,
-        time_bins=reading.steps if reading.each_level and reading.method == "inversion" else 1,
     )
     return np.stack(
         [

@@ -21,7 +21,6 @@ import numpy as np
 from medviz import __version__
 from medviz.domains import get_domain
 from medviz.errors import InputError
-from medviz.generation.inversion import Method
 from medviz.grounding.metrics import MIOU_THRESHOLDS
 from medviz.models.adapters import ADAPTER_CONFIG_NAME, load_adapter
 from medviz.models.library import LoadedDomain, ModelLibrary
@@ -39,14 +38,12 @@ from train.evaluate.report import FORMAT_VERSION
 from train.evaluate.stage import VERSIONED
 from train.experiments.pieces import folder_digest, write_json
 
-METHODS: dict[Method, str] = {"one_step": "one step", "inversion": "DDIM inversion"}
-"""How attention is read; the first is what the app does, and what every row is held against."""
 ORACLES = (3, 6)
 """Sigmas a side of the true box."""
 CLASS_PRIOR, PLACE_PRIOR = "prior_class", "prior_place"
 INTERVALS = (
     "brackets hold 95 % intervals over patients or lesions (tuned rows: and training seeds), drawn with replacement; "
-    "Δ is the change against the frozen baseline read by one step, patient by patient; a macro figure is the mean of "
+    "Δ is the change against the frozen baseline, patient by patient; a macro figure is the mean of "
     "its classes"
 )
 NOTES = (
@@ -65,8 +62,6 @@ logger = logging.getLogger(__name__)
 class GroundingConfig(StageConfig):
     """Options of the grounding evaluation. Maps already made are found again, so a stopped run goes on by itself."""
 
-    steps: int = 20
-    """Levels of the inversion's noise axis."""
     domain: str = "radiology"
     models: str = "assets/models"
     """Folder that holds the domain's model folder."""
@@ -74,14 +69,8 @@ class GroundingConfig(StageConfig):
     """Images to read; the hand-drawn structures are of test images alone."""
     tuned: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Row -> folders of its adapters, one a training seed, for this base."""
-    inversion: tuple[str, ...] = ()
-    """Rows of `tuned` that have a second row, read by DDIM inversion; all have one read by one step."""
-    frozen_inversion: bool = True
-    """Give the frozen baseline such a second row as well."""
     one_step_seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """Noises that the one-step variant averages."""
-    each_level: bool = True
-    """Stretch the maps of every level of an inversion before averaging, as the paper does; --no-each-level: after."""
+    """Noises whose maps are averaged."""
     limit: int = 0
     """Phrases of a class, evenly spaced (0: all)."""
     batch: int = 16
@@ -95,9 +84,7 @@ class GroundingConfig(StageConfig):
         """The configuration itself. Raises InputError naming the option that is out of range and what is allowed."""
         if self.domain not in SETS:
             raise InputError(f"domain must be one of {', '.join(SETS)}, found {self.domain!r}")
-        if not set(self.inversion) <= set(self.tuned):
-            raise InputError(f"inversion must name rows of tuned ({', '.join(self.tuned) or 'none'}): {self.inversion}")
-        for name, low in (("steps", 1), ("batch", 1), ("limit", 0)):
+        for name, low in (("batch", 1), ("limit", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, found {getattr(self, name)}")
         if not self.one_step_seeds:
@@ -106,10 +93,6 @@ class GroundingConfig(StageConfig):
             if not NAME_PATTERN.fullmatch(name) or not folders:
                 raise InputError(f"tuned needs names of {NAME_PATTERN.pattern} with a folder each, found {name!r}")
         return self
-
-    def reading(self, method: Method) -> Reading:
-        """How a method of METHODS reads attention here."""
-        return Reading(method, self.steps, seeds=self.one_step_seeds, each_level=self.each_level)
 
 
 Draw = Callable[[PhraseSet], list[Sequence[HeatMap | None]]]
@@ -150,17 +133,17 @@ def run(config: GroundingConfig, command: str = "") -> dict[str, Any]:
 
 
 def _attention_rows(config: GroundingConfig, loaded: LoadedDomain) -> dict[Arm, Draw]:
-    """The frozen baseline by each method, that of the app first, then the tuned adapters, whose weights are loaded."""
+    """The frozen baseline, then the tuned adapters, whose weights are loaded; both read as the app reads."""
     base = weights_digest(
         {**({} if loaded.manifest.hub is None else loaded.manifest.hub.files), **loaded.manifest.files}, None
     )
 
-    def reader(label: str, method: Method, adapters: dict[str | None, str | None]) -> Draw:
+    def reader(label: str, adapters: dict[str | None, str | None]) -> Draw:
         def draw(phrases: PhraseSet) -> list[Sequence[HeatMap | None]]:
             return [
                 list(
                     phrase_maps(
-                        loaded.pipeline, adapter, phrases, config.reading(method), Path(config.out) / "maps",
+                        loaded.pipeline, adapter, phrases, Reading(config.one_step_seeds), Path(config.out) / "maps",
                         {"base": base, "adapter": digest}, batch=config.batch, label=f"{label}, {phrases.name}",
                     )
                 )
@@ -169,23 +152,15 @@ def _attention_rows(config: GroundingConfig, loaded: LoadedDomain) -> dict[Arm, 
 
         return draw
 
-    rows: dict[Arm, Draw] = {}
-    for method, wording in METHODS.items():
-        if method == "inversion" and not config.frozen_inversion:
-            continue
-        label = f"frozen baseline ({wording})"
-        rows[Arm(f"frozen_{method}", label)] = reader(label, method, {None: None})
+    rows: dict[Arm, Draw] = {Arm("frozen_one_step", "frozen baseline"): reader("frozen baseline", {None: None})}
     for name, folders in config.tuned.items():
         adapters: dict[str | None, str | None] = {}
         for seed, folder in enumerate(map(Path, folders)):
             load_adapter(loaded.pipeline, folder, f"{name}-run{seed}")
             adapters[f"{name}-run{seed}"] = folder_digest(folder)
         title = read_json(Path(folders[0]) / ADAPTER_CONFIG_NAME).get("title") or name
-        for method, wording in METHODS.items():
-            if method == "inversion" and name not in config.inversion:
-                continue
-            label = f"{title} (`{name}`, {wording}, {len(folders)} training seed{'s' * (len(folders) > 1)})"
-            rows[Arm(f"{name}_{method}", label)] = reader(label, method, adapters)
+        label = f"{title} (`{name}`, {len(folders)} training seed{'s' * (len(folders) > 1)})"
+        rows[Arm(f"{name}_one_step", label)] = reader(label, adapters)
     return rows
 
 
@@ -248,7 +223,6 @@ def _about_set(domain: str, phrases: PhraseSet, judge: AttributeClassifier) -> d
 def _about(
     config: GroundingConfig, command: str, loaded: LoadedDomain, size_px: int, priors: Priors, arms: Sequence[Arm]
 ) -> dict[str, Any]:
-    reading = config.reading("inversion")
     return {
         "format_version": FORMAT_VERSION,
         "kind": "grounding",
@@ -262,9 +236,7 @@ def _about(
         "intervals": INTERVALS,
         "settings": {
             "split": config.split,
-            "noise_levels": f"{config.steps} on the axis, read between {reading.t_window[0]} and {reading.t_window[1]}",
-            "one_step_noises": len(config.one_step_seeds),
-            "stretched": "at every level" if config.each_level else "after averaging",
+            "noises": len(config.one_step_seeds),
             "miou_thresholds": f"{MIOU_THRESHOLDS[0]} to {MIOU_THRESHOLDS[-1]}",
             "sigma_of_a_place": f"its side / {SIGMAS_A_PLACE:g}",
             **({"phrases_of_a_class": f"at most {config.limit}"} if config.limit else {}),
@@ -282,6 +254,6 @@ def _about(
 def main(arguments: list[str]) -> None:
     """`python -m train evaluate grounding RECIPE [overrides]`."""
     if not arguments:
-        raise InputError("name the recipe, e.g. train/recipes/grounding-radiology-cpu.yaml")
+        raise InputError("name the recipe, e.g. train/recipes/grounding.yaml")
     config = parse(arguments, GroundingConfig)
     run(config, command=f"python -m train evaluate grounding {shlex.join(arguments)}")
