@@ -1,10 +1,9 @@
-# make run | test | test-slow | test-gpu | check | bench | experiments | anatomy | restore | train | train-dermatology | train-radiology
-# Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
+# make run | test | test-slow | test-gpu | check | bench | experiments | grounding | restore | train | train-dermatology | train-radiology
+# Variables: HOST, PORT (make run); DEVICE, RUN_ARGS (training, e.g. RUN_ARGS=--dry-run); MEDVIZ_DATA (folder of images); PYTEST_ARGS.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PRESET ?= cpu
 export HOST ?= 127.0.0.1
 export PORT ?= 7860
 export GRADIO_ANALYTICS_ENABLED ?= False
@@ -13,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments curve anatomy format report restore clean train train-dermatology train-radiology
+.PHONY: help setup setup-dev browser run test test-slow test-gpu check bench experiments grounding format report restore clean train train-dermatology train-radiology
 
 help:
 	@echo "make run                 install into $(VENV) what the app needs and start it on http://$(HOST):$(PORT)"
@@ -22,13 +21,12 @@ help:
 	@echo "make test-gpu            the tests at Stable Diffusion's size, on a machine with a CUDA card"
 	@echo "make check               ruff, format, types"
 	@echo "make bench               our reinforcement learning beside TRL's DDPO, a quarter of an hour on two idle cores, minutes of compiling included"
-	@echo "make experiments         methods and ways of training at one budget, synthetic pictures as augmentation, anatomy: six hours on two idle cores"
-	@echo "make curve               what shipped before and what ships: distance from real images against compute, an hour and a half of one core"
-	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
-	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
-	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
+	@echo "make experiments         methods at one budget, synthetic pictures as augmentation: hours on two idle cores"
+	@echo "make grounding           where phrases look and whether findings are drawn where a prompt puts them: an hour"
+	@echo "make restore             lay the shipped models out as runs, to train on from them"
+	@echo "make train-dermatology   train every part of a domain into runs/models (DEVICE=cpu or cuda, RUN_ARGS=--dry-run or --ship)"
 	@echo "make train-radiology"
-	@echo "make train               both; with -j3 on a card, stages that do not wait for each other share it"
+	@echo "make train               both"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -80,94 +78,12 @@ format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A run that was stopped goes on from its checkpoint; a finished one (it has metrics.json) is left alone: delete its folder to
-# train it again. Prerequisites are order-only, so that a fresh checkout's file times start no training.
-define stage
-runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.json)
-	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume)
-endef
+# Every stage of a domain in its order; the same command goes on after a stop. `--dry-run` prints the plan.
+DEVICE ?=
+train-dermatology train-radiology: train-%: setup-dev
+	$(BIN)/python -m train run $* $(if $(DEVICE),--device $(DEVICE)) $(RUN_ARGS)
 
-# The stage that finishes a domain's generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then
-# for what captions say (coarse, longer), and for what lies on skin (wider, artefacts); the gpu preset does all in one.
-GENERATOR_dermatology_cpu := artefacts
-GENERATOR_radiology_cpu := longer
-GENERATOR = $(or $(GENERATOR_$(1)_$(PRESET)),diffusion)-$(1)-$(PRESET)
-
-# The decoder that ships: one for both domains, or one a domain behind the shared encoder.
-DECODER = $(if $(filter cpu,$(PRESET)),decoder-cpu,decoder-$(1)-$(PRESET))
-# Where one finishes the pictures of a domain's generator, that one ships.
-FINISH_radiology_cpu := finish-radiology-cpu
-SHIPPED_DECODER = $(or $(FINISH_$(1)_$(PRESET)),$(DECODER))
-
-# The adapter that ships: where reinforcement learning goes on with the mean picture held, that one.
-SETTLE_dermatology_gpu := settle-dermatology-gpu
-ALIGNED = $(or $(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET))
-
-# The last of what a model folder is made of, and, where they ship, the gains by frequency that are measured on it without them.
-PARTS = $(ALIGNED) distil-$(1)-$(PRESET) $(SHIPPED_DECODER) segmenter-$(1)-$(PRESET)
-SPECTRUM_radiology_gpu := spectrum-radiology-gpu
-SPECTRUM = $(SPECTRUM_$(1)_$(PRESET))
-
-# Everything of one domain, then its model folder, its evaluation on the test split, and the tables.
-define domain
-$(call stage,contrastive,contrastive-$(1)-$(PRESET),)
-
-$(call stage,diffusion,diffusion-$(1)-$(PRESET),autoencoder-$(PRESET) contrastive-$(1)-$(PRESET))
-
-$(if $(filter cpu,$(PRESET)),$(call stage,diffusion,refine-$(1)-$(PRESET),diffusion-$(1)-$(PRESET)))
-
-$(if $(filter cpu,$(PRESET)),$(call stage,diffusion,coarse-$(1)-$(PRESET),refine-$(1)-$(PRESET)))
-
-$(if $(filter cpu,$(PRESET)),$(call stage,diffusion,longer-$(1)-$(PRESET),coarse-$(1)-$(PRESET)))
-
-$(call stage,classifier,reward-$(1)-$(PRESET),)
-
-$(call stage,classifier,judge-$(1)-$(PRESET),)
-
-$(call stage,segmenter,segmenter-$(1)-$(PRESET),)
-
-$(call stage,rl,rl-$(1)-$(PRESET),$(GENERATOR) $(DECODER) reward-$(1)-$(PRESET) judge-$(1)-$(PRESET))
-
-$(if $(SETTLE_$(1)_$(PRESET)),$(call stage,rl,$(SETTLE_$(1)_$(PRESET)),rl-$(1)-$(PRESET)))
-
-$(call stage,distil,distil-$(1)-$(PRESET),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET))
-
-$(if $(filter cpu,$(PRESET)),,$(call stage,autoencoder,$(DECODER),autoencoder-$(PRESET)))
-
-$(if $(FINISH_$(1)_$(PRESET)),$(call stage,finish,$(FINISH_$(1)_$(PRESET)),$(GENERATOR) $(DECODER) rl-$(1)-$(PRESET)))
-
-$(if $(SPECTRUM),$(call stage,spectrum,$(SPECTRUM),$(PARTS)))
-
-train-$(1): $(foreach run,$(PARTS) $(SPECTRUM),runs/$(run)/metrics.json)
-	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
-	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
-	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test --steps 4
-	$(BIN)/python -m train examples $(1)
-	$(BIN)/python -m train report
-endef
-
-$(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
-$(if $(filter cpu,$(PRESET)),$(eval $(call stage,autoencoder,decoder-cpu,autoencoder-cpu)))
-$(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
-
-# Tables once more, when all that they tell of is there.
 train: train-dermatology train-radiology
-	$(BIN)/python -m train report
-
-# What looks for places in chest X-rays and, where it ships, for structures in dermoscopic images.
-$(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(call GENERATOR,radiology) segmenter-radiology-$(PRESET)))
-train-radiology runs/spectrum-radiology-$(PRESET)/metrics.json: | runs/anatomy-own-radiology-$(PRESET)/metrics.json
-ifneq ($(PRESET),cpu)
-$(eval $(call stage,anatomy_prompts,structures-dermatology-$(PRESET),$(call GENERATOR,dermatology)))
-train-dermatology: | runs/structures-dermatology-$(PRESET)/metrics.json
-endif
-
-ifeq ($(PRESET),cpu)
-$(eval $(call stage,diffusion,wider-dermatology-cpu,longer-dermatology-cpu))
-$(eval $(call stage,diffusion,artefacts-dermatology-cpu,wider-dermatology-cpu))
-$(eval $(call stage,rl,rl-placement-radiology-cpu,longer-radiology-cpu segmenter-radiology-cpu reward-radiology-cpu judge-radiology-cpu))
-$(eval $(call stage,contrastive,alignment-radiology-cpu,))
-endif
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 	$(BIN)/python -m pip install -qq --editable '.[train,bench]'
@@ -178,53 +94,23 @@ bench: $(VENV)/.bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/train/test_benchmark_rl.py
 	$(BIN)/python -m train bench rl
 
-# All go on from what a stopped run finished. They need MEDVIZ_DATA and the cpu preset's runs of both domains, which make
-# train-dermatology and make train-radiology train; make restore lays out the gpu preset's, which ship.
-experiments: $(VENV)/.bench anatomy | runs/autoencoder-8-cpu/metrics.json runs/other-domain/metrics.json
-	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
-	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
-	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml
-	$(BIN)/python -m train choices train/recipes/choices-radiology-cpu.yaml
+# Both go on after a stop. They need MEDVIZ_DATA and the runs of dermatology: make restore lays out those that ship.
+experiments: $(VENV)/.bench
+	$(BIN)/python -m train methods train/recipes/methods-dermatology.yaml
+	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology.yaml
 	$(BIN)/python -m train report
 
-# What two of the ways of training start from, at no cost that is counted.
-runs/autoencoder-8-cpu/metrics.json: | $(VENV)/.dev
-	$(BIN)/python -m train autoencoder train/recipes/autoencoder-cpu.yaml --latent-channels 8 --out runs/autoencoder-8-cpu
-runs/other-domain/metrics.json: | $(VENV)/.dev
-	$(BIN)/python -m train diffusion train/recipes/longer-dermatology-cpu.yaml --init '' --channels 48 96 128 --steps 400 \
-		--warmup 50 --learning-rate 1.0e-3 --no-compile --orientations 1 --contrastive runs/diffusion-dermatology-gpu/model \
-		--out runs/other-domain
-
-# Generators that shipped before, out of the repository's history (a clone with all of it), on one curve with what ships.
-FORMER := $(foreach commit,b2bc61f 384cc75 b8ca5d2 27e4b33 2d2dd0f,runs/former/$(commit)-radiology) \
-	$(foreach commit,a58cdc1 384cc75 50d2a35 27e4b33 1ef2696 0a18650,runs/former/$(commit)-dermatology)
-runs/former/%:
-	mkdir -p runs/former/.writing-$*
-	git archive $(firstword $(subst -, ,$*)) assets/models/$(lastword $(subst -, ,$*)) | tar -x --strip-components=3 -C runs/former/.writing-$*
-	mv runs/former/.writing-$* $@
-
-curve: $(VENV)/.bench | $(FORMER)
-	$(BIN)/python -m train curve train/recipes/curve-radiology-gpu.yaml
-	$(BIN)/python -m train curve train/recipes/curve-dermatology-gpu.yaml
+# Where phrases look in real images, and whether findings are drawn where a prompt puts them.
+grounding: setup-dev
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding.yaml --domain radiology
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding.yaml --domain dermatology
+	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology.yaml
 	$(BIN)/python -m train report
 
-# The cpu preset's model folder beside what ships, which its adapters would not fit.
-runs/models-cpu/radiology/manifest.json: | $(VENV)/.dev
-	$(BIN)/python -m train assemble train/recipes/assemble-radiology-cpu.yaml $(@D)
-
-anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json) | runs/models-cpu/radiology/manifest.json
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding-radiology-gpu.yaml
-	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-gpu.yaml
-	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml
-	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test --inversion paper
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-gpu.yaml
-	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml
-	$(BIN)/python -m train report
-
-# The preset of what ships, in both domains.
-SHIPPED := gpu
+# The shipped models as runs, to go on from them without training them again.
 restore: setup-dev
-	$(foreach name,dermatology radiology,$(BIN)/python -m train restore train/recipes/assemble-$(name)-$(SHIPPED).yaml &&) true
+	$(BIN)/python -m train restore train/recipes/assemble-dermatology.yaml
+	$(BIN)/python -m train restore train/recipes/assemble-radiology.yaml
 
 report: setup-dev
 	$(BIN)/python -m train report

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tests import tiny
 from train.rl.trainer import main
 
-RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "rl-dermatology-sd15.yaml"
+RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "rl-sd15.yaml"
 MAX_LENGTH = 77  # tokens of a prompt
 WIDTH = 768  # of the text encoder
 UNET = {
@@ -93,7 +93,8 @@ def write_models(folder: Path, pipeline: StableDiffusionPipeline) -> Path:
 def run_recipe(models: Path, out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """One epoch of the recipe on `models` with `options` changed: the final metrics and the epoch's figures."""
     options = {
-        "out": out, "base": models / "base", "reward": models / "reward", "judge": models / "judge", "steps": 1,
+        "domain": "dermatology", "out": out, "base": models / "base", "reward": models / "reward",
+        "judge": models / "judge", "steps": 1,
         "prompts_per_epoch": 2, "updates": 2, "evaluation_prompts": 2, "evaluation_images": 2, "fidelity_images": 0,
         "evaluate_every": 1, **options,
     }  # fmt: skip

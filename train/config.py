@@ -1,5 +1,6 @@
-"""Recipes: one YAML file a stage, domain and preset, read into a dataclass and overridden on the command line."""
+"""Recipes: YAML files (see `train.recipe_file`) read into a dataclass and overridden on the command line."""
 
+import argparse
 import logging
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,10 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import tyro
-import yaml
 
 from medviz.errors import InputError
 from medviz.generation.guidance import SEMANTIC_INTERVAL, WHOLE_INTERVAL, Guidance
+from train import recipe_file
 
 
 @dataclass
@@ -97,15 +98,20 @@ def _cpu_has_bf16() -> bool:
 def read_recipe(path: str | Path, config_class: type[C], overrides: Sequence[str] = ()) -> C:
     """The recipe at `path` as a `config_class`, with command-line `overrides` such as ``--steps 5`` applied.
 
+    ``--device`` and ``--domain`` also choose the recipe's blocks.
     Raises InputError for an unreadable file, a key the stage does not know, or a value of the wrong type.
     """
-    try:
-        content: Any = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"the recipe {path} must be a mapping of options, found {type(content).__name__}")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--device", default="")
+    first.add_argument("--domain", default="")
+    chosen, overrides = first.parse_known_args(list(overrides))
+    content = recipe_file.load(path, device=chosen.device, domain=chosen.domain)
+    content.pop("stage", None)
     known = {f.name: f for f in fields(config_class)}
+    if chosen.domain and "domain" in known:
+        content["domain"] = chosen.domain
+    elif chosen.domain and not any("${domain}" in text for text in recipe_file.texts(recipe_file.raw(path))):
+        raise InputError(f"the recipe {path} is not for any domain: leave --domain out")
     unknown = sorted(map(str, set(content) - set(known)))
     if unknown:
         raise InputError(f"the recipe {path} has unknown options {unknown}; allowed are {sorted(known)}")

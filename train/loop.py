@@ -18,6 +18,7 @@ from tqdm import tqdm
 from medviz.errors import ModelError
 from train import checkpoint, processes
 from train.config import StageConfig
+from train.recipe_file import recipe_of
 from train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
             _forget_after(out / "metrics.jsonl", start)
     elif checkpoint.steps(out):
         raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
+    recipe = recipe_of(config)
     began = saved = time.monotonic()
     sums: dict[str, list[float | torch.Tensor]] = defaultdict(list)
     page = Tracker(config) if tracker is None else tracker
@@ -108,6 +110,7 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
         "steps": config.steps,
         "seed": config.seed,
         "trained_s": round(elapsed(), 1),
+        "recipe": recipe,
     }
     writing = out / ".metrics.json.writing"
     writing.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")

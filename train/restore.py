@@ -1,6 +1,6 @@
 """`python -m train restore RECIPE [FOLDER]`: lay a model folder out as the runs that made it, to go on from what ships.
 
-The inverse of `train.assemble`, by the same recipe: later stages, and `make train-DOMAIN`, then find what they go on
+The inverse of `train.assemble`, by the same recipe: later stages, and `train run DOMAIN`, then find what they go on
 from. What a model folder does not hold stays away: the runs in between (their figures are written, their weights are
 gone), and the text projection of the contrastive model. A run that is there already is never touched.
 """
@@ -15,6 +15,8 @@ from typing import Any
 from medviz.errors import InputError
 from medviz.models.manifest import Manifest, read_manifest, verify
 from train.assemble import Parts, read_parts
+from train.chain import chain_of
+from train.recipe_file import METRICS_NAME, recipe_of
 
 PIPELINE = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
@@ -48,7 +50,9 @@ def restore(parts: Parts, folder: Path) -> list[str]:
     if parts.spectrum and manifest.spectra and not Path(parts.spectrum).exists():
         _write_json(Path(parts.spectrum), manifest.spectra)
         written.append(parts.spectrum)
-    return written + _write_figures(parts, manifest)
+    figures = _write_figures(parts, manifest)
+    _record_recipes(parts.domain, figures)
+    return written + figures
 
 
 def _copy(folder: Path, names: tuple[str, ...], place: Path) -> bool:
@@ -76,6 +80,14 @@ def _write_figures(parts: Parts, manifest: Manifest) -> list[str]:
     return written
 
 
+def _record_recipes(domain: str, figures: list[str]) -> None:
+    """Say in the metrics.json of restored runs that the recipes of today made them, so that `train run` uses them."""
+    for step in chain_of(domain).steps:
+        path = step.out / METRICS_NAME
+        if str(path) in figures:
+            _write_json(path, {**json.loads(path.read_text()), "recipe": recipe_of(step.config)})
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -84,7 +96,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     """FOLDER is assets/models/DOMAIN unless named."""
     if not arguments:
-        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology-cpu.yaml")
+        raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology.yaml")
     parts = read_parts(arguments[0])
     folder = Path(arguments[1]) if len(arguments) > 1 else Path("assets/models") / parts.domain
     sys.stdout.write("\n".join(restore(parts, folder) or ["every run is there already"]) + "\n")

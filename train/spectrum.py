@@ -86,15 +86,16 @@ def run(config: SpectrumConfig) -> dict[str, Any]:
     if not config.assembly:
         raise InputError("name the assembly recipe of the model folder whose spectrum is to be measured")
     parts = read_parts(config.assembly)
-    if not parts.few_step_adapter:
-        raise InputError(f"{config.assembly} has no few-step adapter")
     with tempfile.TemporaryDirectory() as aside:
         runs = {stage: run for stage, run in parts.runs.items() if stage != STAGE}
         assemble(replace(parts, spectrum="", runs=runs), Path(aside) / parts.domain)
         dtype = torch.bfloat16 if config.bf16 else None
         loaded = ModelLibrary(Path(aside), config.device, dtype).load(parts.domain)
+        few_steps = loaded.manifest.few_steps
+        if few_steps is None:
+            raise InputError(f"{config.assembly} has no few-step adapter")
         captions = _training_captions(config, get_domain(parts.domain))
-        in_few = _drawn(config, loaded, captions, loaded.manifest.few_steps)
+        in_few = _drawn(config, loaded, captions, few_steps)
         in_many = _drawn(config, loaded, captions, config.steps)
     spectrum = spectrum_of(in_few, in_many)
     gains = np.array(spectrum.gains)

@@ -219,11 +219,10 @@ def test_an_augmentation_leaves_the_original_alone_and_none_changes_nothing():
     assert np.array_equal(picture, before)
 
 
-@pytest.mark.parametrize("preset", ["cpu", "gpu"])
 @pytest.mark.parametrize("domain", ["dermatology", "radiology"])
-def test_recipes_give_reward_and_judge_different_networks(domain, preset):
+def test_recipes_give_reward_and_judge_different_networks(domain):
     reward, judge = (
-        read_recipe(RECIPES / f"{role}-{domain}-{preset}.yaml", ClassifierConfig) for role in ("reward", "judge")
+        read_recipe(RECIPES / f"{role}.yaml", ClassifierConfig, ["--domain", domain]) for role in ("reward", "judge")
     )
     assert (reward.role, judge.role) == ("reward", "judge")
     assert reward.domain == judge.domain == domain
@@ -231,5 +230,4 @@ def test_recipes_give_reward_and_judge_different_networks(domain, preset):
     assert reward.out != judge.out
     for recipe in (reward, judge):
         network = ARCHITECTURES[recipe.architecture](18, recipe.width, recipe.depth, recipe.dropout, recipe.size_px)
-        if preset == "cpu":
-            assert sum(p.numel() for p in network.parameters()) <= 4e6
+        assert sum(p.numel() for p in network.parameters()) <= 8e6

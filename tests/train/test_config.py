@@ -109,7 +109,7 @@ def test_a_wrong_override_ends_with_a_usage_error(tmp_path: Path, arguments: lis
 
 
 def test_the_shipped_autoencoder_recipe_is_read_with_numbers_as_numbers() -> None:
-    config = read_recipe(RECIPES / "autoencoder-cpu.yaml", AutoencoderConfig)
+    config = read_recipe(RECIPES / "autoencoder.yaml", AutoencoderConfig)
     assert isinstance(config.learning_rate, float)
     assert config.domains == ("dermatology", "radiology")
 

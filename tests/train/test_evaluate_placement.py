@@ -197,5 +197,5 @@ def test_what_makes_no_comparison_is_refused(config: PlacementConfig, changed: d
 def test_the_command_needs_a_recipe_and_the_one_that_is_there_can_be_read(capsys: pytest.CaptureFixture[str]):
     assert main(["evaluate", "placement"]) == 1
     assert "name the recipe" in capsys.readouterr().err
-    recipe = read_recipe(RECIPES / "placement-radiology-cpu.yaml", PlacementConfig).checked()
-    assert set(recipe.also) == {"placement"}
+    recipe = read_recipe(RECIPES / "placement-radiology.yaml", PlacementConfig).checked()
+    assert set(recipe.adapters) == {"anatomy", "attribute"}

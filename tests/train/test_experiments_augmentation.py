@@ -32,7 +32,7 @@ from train.experiments.subgroups import (
     rarest_cell,
 )
 
-RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "augmentation-dermatology-cpu.yaml"
+RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "augmentation-dermatology.yaml"
 CODES = ("nv", "nv", "nv", "mel")
 DISEASES = ("melanoma", "nevus")
 

@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: Path, option
 
 
 def test_the_recipe_plans_equal_budgets_and_the_paper_s_reward() -> None:
-    config = read_recipe(RECIPES / "methods-dermatology-cpu.yaml", MethodsConfig)
+    config = read_recipe(RECIPES / "methods-dermatology.yaml", MethodsConfig)
     plans = plan(config)
     assert list(plans) == ["ddpo_paper", "ddpo", "grpo", "forward", "draft"]
     assert plans["ddpo_paper"][0].reward_function == "attribute_paper"
