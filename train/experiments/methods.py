@@ -51,7 +51,7 @@ LEAST_SEEDS = 3
 ADAPTER = "aligned"
 """What every run calls its adapter; who loads it names it."""
 ALIKE = (
-    "domain", "base", "reward", "judge", "size_px", "train_what", "evaluate_every", "evaluation_prompts",
+    "domain", "base", "reward", "judge", "size_px", "evaluate_every", "evaluation_prompts",
     "evaluation_images", "evaluation_steps", "fidelity_images", "fidelity_captions",
 )  # fmt: skip
 """Options in which methods may not differ: what they start from, and what looks at them."""
