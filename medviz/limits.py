@@ -18,6 +18,7 @@ MIN_SEED, MAX_SEED = 0, 2**32 - 1
 MAX_UPLOAD_BYTES = 32 * 2**20
 MAX_IMAGE_PIXELS = 24_000_000  # checked before an image is decoded
 MIN_IMAGE_SIDE_PX = 32
+MAX_IMAGE_ASPECT = 16  # the longer side over the shorter one
 MAX_QUEUE = 16  # requests waiting for the one model
 MAX_REQUEST_S = 120
 
@@ -119,7 +120,11 @@ def check_upload_bytes(size_bytes: int) -> int:
 
 
 def check_image_size(width_px: int, height_px: int) -> tuple[int, int]:
-    """Return (width_px, height_px); InputError for more than MAX_IMAGE_PIXELS or a side under MIN_IMAGE_SIDE_PX."""
+    """Return (width_px, height_px).
+
+    Raises InputError for more than MAX_IMAGE_PIXELS, a side under MIN_IMAGE_SIDE_PX, or sides further apart than
+    MAX_IMAGE_ASPECT.
+    """
     if min(width_px, height_px) < MIN_IMAGE_SIDE_PX:
         raise InputError(
             f"the image is {width_px} x {height_px} pixels; both sides need at least {MIN_IMAGE_SIDE_PX} pixels"
@@ -128,5 +133,10 @@ def check_image_size(width_px: int, height_px: int) -> tuple[int, int]:
         raise InputError(
             f"the image is {width_px} x {height_px} pixels, {width_px * height_px / 1e6:.1f} million; "
             f"at most {MAX_IMAGE_PIXELS / 1e6:.0f} million are allowed"
+        )
+    if max(width_px, height_px) > MAX_IMAGE_ASPECT * min(width_px, height_px):
+        raise InputError(
+            f"the image is {width_px} x {height_px} pixels; "
+            f"the longer side may be at most {MAX_IMAGE_ASPECT} times the shorter one"
         )
     return width_px, height_px

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,7 +163,7 @@ class Studio:
                 images += workbench.draw_batch(models, requests[first : first + batch_size])
         return images
 
-    def score(self, domain: str, image: bytes | Path | Image.Image, prompt: str) -> list[Score]:
+    def score(self, domain: str, image: bytes | str | Path | Image.Image, prompt: str) -> list[Score]:
         """Score how well a given image shows a prompt, by the reward and by the judge.
 
         The figure of each score stands under `baseline`; there is no second image, so `aligned` is None.
@@ -181,7 +182,7 @@ class Studio:
     def ground(
         self,
         domain: str,
-        image: bytes | Path | Image.Image,
+        image: bytes | str | Path | Image.Image,
         phrase: str,
         adapter: str | None = "",
         cancelled: Callable[[], bool] | None = None,
@@ -202,7 +203,8 @@ class Studio:
             from medviz import workbench
 
             stop.start_clock()
-            return workbench.ground(models, picture, text, chosen, stop.check)
+            found = workbench.ground(models, picture, text, chosen, stop.check)
+        return replace(found, warnings=(*picture.info.get("warnings", ()), *found.warnings))
 
     def _check(
         self, domain: str, prompt: str, seed: int, steps: int, guidance_scale: float | None, adapter: str | None

@@ -95,8 +95,10 @@ def test_uploads_have_a_size_between_one_byte_and_the_limit() -> None:
         limits.check_upload_bytes(0)
 
 
-def test_image_sizes_have_a_smallest_side_and_a_largest_area() -> None:
-    assert limits.check_image_size(32, 750_000) == (32, 750_000)
+def test_image_sizes_have_a_smallest_side_a_largest_area_and_a_largest_aspect() -> None:
+    assert limits.check_image_size(32, 512) == (32, 512)
+    with pytest.raises(InputError, match="at most 16 times"):
+        limits.check_image_size(32, 513)
     with pytest.raises(InputError, match="at least 32"):
         limits.check_image_size(31, 4000)
     with pytest.raises(InputError, match="at most 24 million"):

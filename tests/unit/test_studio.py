@@ -18,6 +18,7 @@ from medviz.models import library
 from medviz.models.adapters import zero_adapter
 from medviz.ui.generate import adapter_choices, steps_info
 from medviz.workbench import brightest_box
+from tests.dicoms import dicom, ramp
 from tests.tiny import ADAPTER, IMAGE_SIZE_PX, add_few_steps
 
 PROMPTS = {
@@ -362,6 +363,13 @@ def test_grounding_answers_on_the_images_own_grid(studio: Studio) -> None:
         assert set(region) == {"name", "mass", "cnr", "prior_mass", "prior_cnr"}
     again = studio.ground("dermatology", image, "melanoma")
     assert np.array_equal(found.heat_map, again.heat_map)
+
+
+def test_a_window_of_a_dicom_file_that_cannot_be_used_is_among_the_warnings(studio: Studio) -> None:
+    content = dicom(ramp(rows=64, columns=64), WindowCenter=100, WindowWidth=0)
+    with pytest.warns(UserWarning, match="width 0"):
+        found = studio.ground("radiology", content, "lung opacity")
+    assert any("centre 100.0, width 0.0" in warning for warning in found.warnings)
 
 
 def test_phrases_are_looked_for_with_the_adapter_made_for_it(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
