@@ -52,6 +52,7 @@ _COMPRESSED = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90", "1.2.840.1000
 _UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _SYNTAX_NAMES = "uncompressed, JPEG Baseline or JPEG 2000"
 
+_TEXT_VRS = ("CS", "DS", "IS")  # padded with blanks
 _PIXELS = 0x7FE00010
 _PADDING_LIMIT = "PixelPaddingRangeLimit"
 _KEYWORDS = (
@@ -138,7 +139,7 @@ class _Bounded(io.BytesIO):
 
 def _read(content: bytes) -> Dataset:
     """The elements of _KEYWORDS. The transfer syntax is judged first: a deflated header has no size known before."""
-    from pydicom.datadict import tag_for_keyword
+    from pydicom.datadict import dictionary_VR, tag_for_keyword
     from pydicom.dataset import FileMetaDataset
     from pydicom.filereader import read_dataset
 
@@ -154,9 +155,12 @@ def _read(content: bytes) -> Dataset:
         stream, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=stream.ends_at, specific_tags=wanted
     )
     dataset.file_meta = meta
-    for element in list(dataset):
-        if element.is_empty:
-            del dataset[element.tag]
+    for tag in list(dataset.keys()):
+        value = dataset.get_item(tag).value  # not parsed: a damaged element may be one that is never needed
+        if isinstance(value, bytes) and dictionary_VR(tag) in _TEXT_VRS:
+            value = value.strip(b" ")
+        if not value:
+            del dataset[tag]
     return dataset
 
 

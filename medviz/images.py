@@ -12,20 +12,13 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 
 from medviz.dicom import decode_dicom, is_dicom
 from medviz.errors import InputError, ModelError
-from medviz.image_files import (
-    JPEG_START,
-    PNG_SIGNATURE,
-    as_black_is_zero,
-    check_jpeg_segments,
-    with_jpeg_end,
-    without_ancillary_chunks,
-)
+from medviz.image_files import ReducedFile, exif_orientation, reduced, with_jpeg_end
 from medviz.limits import check_image_size, check_upload_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -55,6 +48,16 @@ _DECODE_ERRORS = (
 
 _GREY_BITS = (8, 10, 12, 14, 16)  # the depths that detectors and viewers store in a 16-bit file
 _SATURATED_SHARE = 0.01  # of the pixels: markers and hot pixels say nothing of the depth
+# From the EXIF orientation to what undoes it.
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -74,23 +77,18 @@ def decode_image(source: bytes | str | Path | Image.Image) -> Image.Image:
     single colour.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_rgb(ImageOps.exif_transpose(source))
     content = _read(source)
     if is_dicom(content):
         return _to_rgb(decode_dicom(content))
-    if content.startswith(PNG_SIGNATURE):
-        content = without_ancillary_chunks(content)
-    elif content.startswith(JPEG_START):
-        check_jpeg_segments(content)
-    relabelled = as_black_is_zero(content)
-    with _open(relabelled or content) as image:
+    file = reduced(content)
+    with _open(file.content) as image:
         check_image_size(*image.size)
-        if relabelled is not None:
-            return ImageOps.invert(_to_rgb(image))
-        if image.format == "JPEG" and (mended := with_jpeg_end(content)) is not None:
+        mended = with_jpeg_end(file.content) if image.format == "JPEG" else None
+        if mended is not None:
             with _open(mended) as complete:
-                return _to_rgb(complete)
-        return _to_rgb(_deep_colour(image, content) or image)
+                return _finished(_to_rgb(complete), image, file)
+        return _finished(_to_rgb(_deep_colour(image, file.content) or image), image, file)
 
 
 def fit_square(image: Image.Image, size_px: int) -> Image.Image:
@@ -168,7 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     check_image_size(*image.size)
     try:
         image.load()
-        rgb = _upright(_flatten(_opaque(image)), image)
+        rgb = _flatten(_opaque(image))
         extrema = [band.getextrema() for band in rgb.split()]
     except InputError:
         raise
@@ -183,10 +181,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """`pixels` turned and mirrored as the EXIF header of `image` says."""
-    pixels.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return ImageOps.exif_transpose(pixels)
+def _finished(rgb: Image.Image, image: Image.Image, file: ReducedFile) -> Image.Image:
+    """`rgb` as the headers of its file say that it is to be turned, mirrored and inverted."""
+    orientation = file.orientation if image.format != "WEBP" else exif_orientation(image.info.get("exif", b""))
+    if orientation in _TRANSPOSE:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    return ImageOps.invert(rgb) if file.inverted else rgb
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -258,7 +258,8 @@ def _deep_colour(image: Image.Image, content: bytes) -> Image.Image | None:
         levels = np.dstack([levels, np.rint(bands[..., 3] / 257.0).astype(np.uint8)])
     deep = Image.fromarray(levels)
     deep.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
-    deep.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if image.format == "TIFF":  # of other files the orientation is applied later
+        deep = deep.transpose(_TRANSPOSE[orientation]) if (orientation := _tag(image, 274)) in _TRANSPOSE else deep
     return deep
 
 

@@ -348,6 +348,15 @@ def test_an_empty_element_counts_as_absent(keyword: str, syntax: str) -> None:
     assert np.array_equal(grey(dicom(syntax=syntax, **{**window, keyword: EMPTY[keyword]})), grey(dicom(**window)))
 
 
+@pytest.mark.parametrize("keyword", ["RescaleSlope", "WindowWidth", "VOILUTFunction"])
+def test_an_element_of_blanks_counts_as_absent(keyword: str) -> None:
+    value = {"RescaleSlope": "1234", "WindowWidth": "4096", "VOILUTFunction": "LINEAR"}[keyword]
+    content = dicom(WindowCenter="2048", **{keyword: value})
+    place = content.index(value.encode())
+    blank = content[:place] + b" " * len(value) + content[place + len(value) :]
+    assert np.array_equal(grey(blank), grey(dicom(WindowCenter="2048")))
+
+
 @pytest.mark.parametrize("keyword", ["PixelRepresentation", "HighBit", "BitsStored", "SamplesPerPixel"])
 def test_a_missing_element_with_an_obvious_default_takes_it(keyword: str) -> None:
     stored = ramp(16)

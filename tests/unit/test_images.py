@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from medviz.errors import InputError, ModelError
 from medviz.images import decode_image, fit_square, png_bytes, to_pil, to_tensor
@@ -388,6 +389,80 @@ def test_the_orientation_is_applied_to_deep_and_to_inverted_images() -> None:
     exif[0x0112] = 3  # turned by 180 degrees
     content = encoded(Image.fromarray(values), "PNG", exif=exif)
     assert np.abs(levels_of(content)[..., 0] - ramp()[::-1, ::-1]).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_applied_in_every_format(form: str, orientation: int) -> None:
+    image = Image.fromarray(np.kron([[0, 80], [160, 240]], np.ones((32, 48))).astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = levels_of(encoded(image, form, exif=exif))
+    image.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(image), int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 2
+
+
+BIG = 24 * 2**20
+
+
+def hostile_directory(entries: int, count: int) -> bytes:
+    """A TIFF directory, at the start of a block, of tags that all name the same bytes."""
+    tags = b"".join(struct.pack("<HHII", 40_000 + i, 7, count, 8) for i in range(entries))
+    return b"II*\0" + struct.pack("<IH", 8, entries) + tags + bytes(4)
+
+
+def hostile_tiff(number: int) -> bytes:
+    content = encoded(noise(), "TIFF")
+    (start,) = struct.unpack_from("<I", content, 4)
+    (entries,) = struct.unpack_from("<H", content, start)
+    tags = content[start + 2 : start + 2 + 12 * entries]
+    tags += b"".join(struct.pack("<HHII", number + i, 7, BIG, 8) for i in range(2000))
+    body = content[8:].ljust(BIG, b"\0")
+    head = b"II*\0" + struct.pack("<I", 8 + len(body))
+    return head + body + struct.pack("<H", entries + 2000) + tags + bytes(4)
+
+
+def in_png_exif() -> bytes:
+    return with_chunks(chunk(b"eXIf", hostile_directory(2000, BIG).ljust(BIG, b"\0")))
+
+
+def in_webp_exif() -> bytes:
+    return encoded(noise(), "WEBP", lossless=True, exif=b"Exif\0\0" + hostile_directory(2000, BIG).ljust(BIG, b"\0"))
+
+
+def in_jpeg_exif() -> bytes:
+    block = hostile_directory(2000, 60_000).ljust(65_000, b"\0")
+    segment = b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block
+    return b"\xff\xd8" + segment * 300 + encoded(noise(), "JPEG")[20:]  # without JFIF's resolution
+
+
+@pytest.mark.parametrize("make", [lambda: hostile_tiff(40_000), in_png_exif, in_webp_exif, in_jpeg_exif])
+def test_tags_that_name_the_same_bytes_again_and_again_take_no_memory(make: Callable[[], bytes]) -> None:
+    content = make()
+    started = time.thread_time()
+    tracemalloc.start()
+    try:
+        assert decode_image(content).size == (48, 40)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(content)
+    finally:
+        tracemalloc.stop()
+    assert time.thread_time() - started < 2.0
+
+
+def test_pixel_tags_that_hold_more_than_the_file_are_refused() -> None:
+    content = encoded(noise(), "TIFF")
+    place = content.index(struct.pack("<HH", 258, 3))
+    with pytest.raises(InputError, match="tags hold more than the file"):
+        decode_image(content[: place + 4] + struct.pack("<I", 10**9) + content[place + 8 :])
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_both_kinds_of_tiff_are_read(big: bool) -> None:
+    image = noise()
+    assert np.array_equal(decode_image(encoded(image, "TIFF", big_tiff=big)), image)
+    assert np.array_equal(decode_image(encoded(image, "TIFF", big_tiff=big, compression="tiff_lzw")), image)
 
 
 def test_a_path_may_be_text(tmp_path: Path) -> None:
