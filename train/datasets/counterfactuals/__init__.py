@@ -1,4 +1,24 @@
-"""Counterfactual images: the same image with and without one addition, drawn by two families of code.
+"""Counterfactual images: the same image with and without one addition, drawn by two families of code."""
 
-This module knows no domain's drawing code until a family is asked for.
-"""
+from collections.abc import Callable
+from functools import partial
+
+from medviz.errors import InputError
+from train.datasets.counterfactuals import dermatology_a
+from train.datasets.counterfactuals.base import Counterfactual, Family, relit
+from train.datasets.counterfactuals.dermatology import ArtefactFamily
+
+__all__ = ["FAMILIES", "Counterfactual", "Family", "family", "relit"]
+
+FAMILIES: dict[tuple[str, str], Callable[[], Family]] = {
+    ("dermatology", "a"): partial(ArtefactFamily, "a", dermatology_a.PAINTERS, thirds=(0, 1), half=0),
+}
+"""(domain, name) -> what makes the family."""
+
+
+def family(domain: str, name: str) -> Family:
+    """The family `name` of `domain`. Raises InputError naming the families there are."""
+    if (domain, name) not in FAMILIES:
+        known = ", ".join(f"{domain} {name}" for domain, name in FAMILIES)
+        raise InputError(f"no family {name!r} of {domain!r}; there are {known}")
+    return FAMILIES[domain, name]()
