@@ -1,7 +1,6 @@
 """Counterfactual images: the same image with and without one addition, drawn by two families of code."""
 
 from collections.abc import Callable
-from functools import partial
 
 from medviz.errors import InputError
 from train.datasets.counterfactuals import dermatology_a
@@ -11,7 +10,7 @@ from train.datasets.counterfactuals.dermatology import ArtefactFamily
 __all__ = ["FAMILIES", "Counterfactual", "Family", "family", "relit"]
 
 FAMILIES: dict[tuple[str, str], Callable[[], Family]] = {
-    ("dermatology", "a"): partial(ArtefactFamily, "a", dermatology_a.PAINTERS, thirds=(0, 1), half=0),
+    ("dermatology", "a"): lambda: ArtefactFamily("a", dermatology_a.PAINTERS, thirds=(0, 1), half=0),
 }
 """(domain, name) -> what makes the family."""
 

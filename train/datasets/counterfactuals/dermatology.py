@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from medviz.domains.dermatology import SURE_ABSENT
@@ -28,7 +29,7 @@ ATTEMPTS = 4
 """How often an addition is drawn until it is plain and lies at the place that was asked for."""
 PLAIN_LEVELS = 12
 """Difference in grey levels that counts as a change of a pixel."""
-LEAST_CHANGED = {"ruler": 90, "gel_bubble": 30, "hair": 100, "ink": 70}
+LEAST_CHANGED = {"ruler": 90, "gel_bubble": 40, "hair": 100, "ink": 70}
 """Pixels of 256 x 256 that must change by PLAIN_LEVELS, or the addition is drawn again."""
 MOST_CHANGED = 0.45
 """Share of the picture that an addition may change by PLAIN_LEVELS."""
@@ -36,14 +37,16 @@ MOST_CHANGED = 0.45
 
 def mask_of(without: np.ndarray, image: np.ndarray) -> np.ndarray:
     """float32 (S, S) in [0, 1]: above 0 wherever two uint8 pictures differ, 1 where they differ plainly."""
-    difference = _difference(without, image)
+    difference = _difference(without, image).astype(np.float32)
     changed = difference[difference >= PLAIN_LEVELS]
     plain = np.clip(0.5 * np.percentile(changed, 90), PLAIN_LEVELS, 48) if changed.size else PLAIN_LEVELS
     return np.minimum(difference / np.float32(plain), np.float32(1))
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.abs(one.astype(np.int16) - other).max(axis=2).astype(np.float32)
+    """Largest difference of a channel, uint8 (S, S)."""
+    red, green, blue = cv2.split(cv2.absdiff(one, other))
+    return cv2.max(cv2.max(red, green), blue)
 
 
 class ArtefactFamily:
@@ -53,7 +56,7 @@ class ArtefactFamily:
     training split (`Split.halves`); every image of another split may be used. root: the images' folder.
     """
 
-    attributes = ATTRIBUTES
+    attributes: tuple[str, ...] = ATTRIBUTES
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class ArtefactFamily:
         size_px: int = 256,
         place: str | None = None,
     ) -> Counterfactual | None:
-        """See `Family.add`. Half of the lesions is not looked at here: `eligible` gives the images that a family uses."""
+        """See `Family.add`. The half of the lesions is left to `eligible`."""
         self._check(attribute, place)
         record = split.records[index]
         image = split.image(index, size_px)

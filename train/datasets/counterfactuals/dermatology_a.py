@@ -1,4 +1,4 @@
-"""Family "a" of artefacts on skin: polygons and polylines drawn at a higher resolution, and two thirds of the templates.
+"""Family "a" of artefacts on skin: polygons and polylines drawn at a higher resolution, two thirds of the templates.
 
 Lengths are in pixels of a 256 px image and grow with the image.
 """
@@ -42,7 +42,7 @@ def _noise(size: int, cells: int, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where a straight thing lies. centre: (x, y) in sides of the image; angle: radians, 0 upright at the lower edge."""
+    """Of a straight thing. centre: (x, y) in sides of the image; angle: radians, 0 upright at the lower edge."""
 
     centre: tuple[float, float]
     angle: float
@@ -71,9 +71,9 @@ def _pose(place: str, rng: np.random.Generator, depth: tuple[float, float], tilt
     if place.endswith("corner"):
         right, lower = "right" in place, "lower" in place
         into = rng.uniform(0.1, 0.26)
-        centre = (1 - into if right else into, 1 - into if lower else into)
+        at = (1 - into if right else into, 1 - into if lower else into)
         angle = np.deg2rad(rng.uniform(30, 55)) * (-1 if right == lower else 1)
-        return _Pose(centre, angle if lower else angle + np.pi)
+        return _Pose(at, angle if lower else angle + np.pi)
     centre = rng.uniform(0.38, 0.62, 2) if place == "centre" else rng.uniform(0.25, 0.75, 2)
     return _Pose((float(centre[0]), float(centre[1])), rng.uniform(-np.pi, np.pi))
 
@@ -254,13 +254,14 @@ def _hair_paths(size: int, place: str, rng: np.random.Generator) -> list[tuple[n
     main = rng.uniform(0, 2 * np.pi)
     spread = rng.uniform(0.12, 0.9) if rng.random() < 0.8 else np.pi
     width = rng.uniform(0.75, 1.9) * k
+    curl = rng.uniform(0.0, 0.005) if rng.random() < 0.75 else rng.uniform(0.005, 0.014)
     step = 4.0 * k
     centre, reach = _region(place, rng, 0.55 if is_stubble else 0.6)
     paths = []
     for _ in range(count):
         length = rng.uniform(9, 28) * k if is_stubble else rng.uniform(50, 230) * k * (0.45 if place else 1)
         points = max(4, int(length / step))
-        bend = rng.normal(0, 0.012) * step / k + rng.normal(0, 0.025, points).cumsum() * 0.4
+        bend = curl * rng.normal(0, 1) * step / k + rng.normal(0, 0.012, points).cumsum() * 0.35
         heading = main + rng.normal(0, spread) + np.cumsum(bend)
         moves = np.stack([np.cos(heading), np.sin(heading)], axis=1).cumsum(axis=0) * step
         start = (centre + rng.uniform(-reach, reach, 2)) * size
@@ -313,7 +314,7 @@ def paint_hair(image: np.ndarray, place: str, rng: np.random.Generator, template
 
 
 def _bubble(image: np.ndarray, x: float, y: float, radius: float, look: np.ndarray) -> None:
-    """One bubble drawn into `image` in place. look: 8 random figures in [0, 1] that a cluster shares."""
+    """One bubble drawn into `image` in place. look: 9 random figures in [0, 1] that a cluster shares."""
     size = image.shape[0]
     reach = int(np.ceil(radius * 1.35 + 3))
     left, top = max(0, int(x) - reach), max(0, int(y) - reach)
@@ -323,10 +324,12 @@ def _bubble(image: np.ndarray, x: float, y: float, radius: float, look: np.ndarr
     dx = np.arange(left, right, dtype=np.float32)[None] - x
     dy = np.arange(top, bottom, dtype=np.float32)[:, None] - y
     angle = np.arctan2(dy, dx)
-    squeeze, lean = 1 + 0.22 * look[0] ** 3, look[1] * np.pi
+    # Some are flat and glassy: irregular, with a bright rim and hardly a dark one.
+    glassy = look[8] < 0.25
+    squeeze, lean = 1 + (0.5 if glassy else 0.22) * look[0] ** (1 if glassy else 3), look[1] * np.pi
     distance = np.sqrt(dx * dx + dy * dy)
     distance = distance * (1 + (squeeze - 1) * np.cos(angle - lean) ** 2)
-    distance = distance * (1 + 0.03 * look[2] * np.sin(3 * angle + 6 * look[3])) / radius
+    distance = distance * (1 + (0.1 if glassy else 0.03) * look[2] * np.sin(3 * angle + 6 * look[3])) / radius
     pixel = 1 / radius
     inside = np.clip((1 - distance) / pixel + 0.5, 0, 1)
     # The gel's surface is a weak lens: the skin in it is seen shrunk towards the middle.
@@ -336,9 +339,10 @@ def _bubble(image: np.ndarray, x: float, y: float, radius: float, look: np.ndarr
     light = look[5] * 2 * np.pi
     rim_width = max(0.06 + 0.05 * look[6], 0.75 * pixel)
     rim = np.exp(-(((distance - 1 + rim_width * 0.6) / rim_width) ** 2))
-    side = 0.72 + 0.28 * np.cos(angle - light + 2.4)
-    dark = (0.28 + 0.42 * look[7]) * rim * side
+    side = 0.6 + 0.4 * np.cos(angle - light + 2.4)
+    dark = (0.12 if glassy else 0.3 + 0.4 * look[7]) * rim * side
     glow = np.exp(-(((distance - 1 - 0.9 * rim_width) / (0.8 * rim_width)) ** 2)) * (0.5 + 0.5 * np.cos(angle - light))
+    glow = glow * (0.7 if glassy else 0.2)
     arc_at = 0.7 + 0.12 * look[3]
     arc_width = max(0.07, 0.6 * pixel)
     band = np.exp(-(((distance - arc_at) / arc_width) ** 2))
@@ -348,7 +352,7 @@ def _bubble(image: np.ndarray, x: float, y: float, radius: float, look: np.ndarr
     painted = image[top:bottom, left:right] * (1 - inside[..., None]) + seen * inside[..., None]
     painted *= 1 - dark[..., None]
     white = np.array([250, 247, 250], np.float32)
-    bright = np.clip(0.16 * glow + (0.45 + 0.5 * look[7]) * shine + 0.05 * inside * (1 - distance), 0, 1)
+    bright = np.clip(glow + (0.6 + 0.4 * look[7]) * shine + 0.06 * inside * (1 - distance), 0, 1)
     image[top:bottom, left:right] = painted + bright[..., None] * (white - painted)
 
 
@@ -364,12 +368,12 @@ def paint_gel_bubble(image: np.ndarray, place: str, rng: np.random.Generator, te
     painted = image.copy()
     kind = rng.random()
     count = 1 if kind < 0.3 else int(rng.integers(2, 7)) if kind < 0.75 else int(rng.integers(7, 22))
-    largest = rng.uniform(6, 24) if count == 1 else rng.uniform(4.5, 15) if count < 7 else rng.uniform(3, 8)
+    largest = rng.uniform(7, 28) if count == 1 else rng.uniform(5, 16) if count < 7 else rng.uniform(3, 8)
     centre, reach = _region(place, rng, 0.42)
     if not place and count > 1:
         centre, reach = rng.uniform(0.15, 0.85, 2), np.full(2, rng.choice((0.1, 0.2, 0.4)))
     from_template = bool(templates.get("gel_bubble")) and rng.random() < 0.5
-    look = rng.random(8)
+    look = rng.random(9)
     bank = templates.get("gel_bubble", [])
     bank = [t for t in bank if t.image_id == bank[int(rng.integers(len(bank)))].image_id] if from_template else bank
     taken: list[tuple[float, float, float]] = []
@@ -385,7 +389,8 @@ def paint_gel_bubble(image: np.ndarray, place: str, rng: np.random.Generator, te
             scale, strength = rng.uniform(0.45, 0.8) * k, rng.uniform(0.8, 1.15)
             painted = pasted(painted, change, (x, y), rng.uniform(0, 2 * np.pi), scale, strength)
         else:
-            own = np.clip(look + rng.normal(0, 0.12, 8), 0, 1)
+            own = np.clip(look + rng.normal(0, 0.12, 9), 0, 1)
+            own[8] = look[8]
             own[5] = (look[5] + rng.normal(0, 0.03)) % 1
             _bubble(painted, x, y, radius, own)
     return painted
@@ -429,11 +434,13 @@ def _strokes(size: int, place: str, rng: np.random.Generator) -> tuple[list[np.n
             if around > 1:
                 turn = first + 2 * np.pi * number / around + rng.normal(0, 0.2)
                 at = size * (0.5 + rng.uniform(0.28, 0.46) * np.array([np.cos(turn), np.sin(turn)]))
-            extent, main = rng.uniform(6, 17) * k, rng.uniform(0, np.pi)
-            for _ in range(int(rng.integers(9, 30))):
-                turn = main + rng.normal(0, 0.6) + (np.pi / 2) * (rng.random() < 0.3)
-                half = extent * rng.uniform(0.35, 1.05) * np.array([np.cos(turn), np.sin(turn)])
-                mid = at + rng.normal(0, extent * 0.3, 2)
+            extent, main = rng.uniform(7, 24) * k, rng.uniform(0, np.pi)
+            squeeze = rng.uniform(0.4, 1.0)
+            for _ in range(int(rng.integers(14, 60))):
+                turn = main + rng.normal(0, 0.55) + (np.pi / 2) * (rng.random() < 0.3)
+                half = extent * rng.uniform(0.2, 0.9) * np.array([np.cos(turn), np.sin(turn)])
+                off = np.clip(rng.normal(0, 0.38, 2), -1, 1) * extent * np.array([1.0, squeeze])
+                mid = at + off
                 bow = rng.normal(0, extent * 0.12, 2)
                 line(np.stack([mid - half, mid + bow, mid + half]), rng.uniform(0.6, 1.9))
     elif kind in ("ring", "arc"):
@@ -442,25 +449,33 @@ def _strokes(size: int, place: str, rng: np.random.Generator) -> tuple[list[np.n
         start = rng.uniform(0, 2 * np.pi)
         turns = start + np.linspace(0, sweep, 40)
         hub = size * (0.5 + rng.normal(0, 0.03, 2)) if kind == "ring" else middle
-        points = hub + radius * (1 + 0.04 * np.sin(2 * turns + start))[:, None] * np.stack(
+        uneven = 1 + 0.06 * np.sin(2 * turns + start) + 0.035 * np.sin(3 * turns + 2 * start)
+        points = hub + radius * (uneven + rng.normal(0, 0.004, 40))[:, None] * np.stack(
             [np.cos(turns), np.sin(turns) * rng.uniform(0.8, 1.1)], axis=1
         )
         if kind == "arc":
             points = points - points.mean(axis=0) + middle
-        width = rng.uniform(4, 11)
-        line(points, width)
-        for _ in range(int(rng.integers(0, 3))):
-            line(points + rng.normal(0, width * 0.4 * k, 2), width * rng.uniform(0.3, 0.8))
+        width = rng.uniform(3, 10)
+        if rng.random() < 0.5:
+            # A broad pen: pieces of uneven width that overlap.
+            for first in range(0, 39, 3):
+                line(points[first : first + 5] + rng.normal(0, 0.5 * k, 2), width * rng.uniform(0.75, 1.2))
+        else:
+            # Many strokes of a fine pen along the curve.
+            for _ in range(int(rng.integers(40, 110))):
+                first = int(rng.integers(0, 36))
+                piece = points[first : first + int(rng.integers(3, 6))]
+                line(piece + rng.normal(0, width * 0.42 * k, 2), rng.uniform(0.5, 1.8))
     elif kind == "zigzag":
         main, length = rng.uniform(0, 2 * np.pi), rng.uniform(35, 110) * k
         axis = np.array([np.cos(main), np.sin(main)])
         across = np.array([-axis[1], axis[0]])
-        count = int(rng.integers(16, 44))
+        count = int(length / k / rng.uniform(1.1, 2.6))
         travel = np.linspace(-0.5, 0.5, count) * length
-        swing = rng.uniform(3, 9) * k * np.where(np.arange(count) % 2, 1, -1) * rng.uniform(0.5, 1.1, count)
+        swing = rng.uniform(3, 8) * k * np.where(np.arange(count) % 2, 1, -1) * rng.uniform(0.5, 1.1, count)
         bow = rng.uniform(-0.2, 0.2) * length * (np.linspace(-1, 1, count) ** 2)
-        points = middle + travel[:, None] * axis + (swing + bow)[:, None] * across + rng.normal(0, 0.8 * k, (count, 2))
-        line(points, rng.uniform(0.9, 2.2))
+        points = middle + travel[:, None] * axis + (swing + bow)[:, None] * across + rng.normal(0, 1.0 * k, (count, 2))
+        line(points, rng.uniform(0.7, 1.7))
     elif kind in ("lines", "arrow"):
         main, length = rng.uniform(0, 2 * np.pi), rng.uniform(25, 90) * k
         axis = np.array([np.cos(main), np.sin(main)])
@@ -507,7 +522,7 @@ def _template_ink(image: np.ndarray, place: str, rng: np.random.Generator, templ
 
 
 def paint_ink(image: np.ndarray, place: str, rng: np.random.Generator, templates: Templates) -> np.ndarray:
-    """Pen marks: templates, or strokes whose ink absorbs light, thinner on ridges of the skin and gathered in furrows."""
+    """Pen marks: templates, or strokes whose ink absorbs light and gathers in the furrows of the skin."""
     size = image.shape[0]
     k = size / 256
     if templates.get("ink") and rng.random() < 0.3:
@@ -527,7 +542,7 @@ def paint_ink(image: np.ndarray, place: str, rng: np.random.Generator, templates
     grain = 0.75 * _noise(size, size // 2, rng) + 0.6 * _noise(size, size // 6, rng) + np.clip(furrows, -1.5, 1.5)
     held = np.clip(1 - dryness + dryness * (0.35 + 0.9 * grain), 0.02, 1.6)
     names = tuple(INKS)
-    ink = np.array(INKS[str(rng.choice(names, p=(0.36, 0.24, 0.12, 0.14, 0.09, 0.05)))], np.float32)
+    ink = np.array(INKS[str(rng.choice(names, p=(0.42, 0.25, 0.1, 0.12, 0.09, 0.02)))], np.float32)
     ink = ink * rng.uniform(0.85, 1.15, 3).astype(np.float32) * rng.uniform(0.5, 1.25)
     bleed = rng.uniform(0, 0.1) * cv2.GaussianBlur(amount, (0, 0), 3 * k)
     density = (amount * held + bleed).astype(np.float32)

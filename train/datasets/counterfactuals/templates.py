@@ -70,7 +70,7 @@ def _clean(change: np.ndarray) -> np.ndarray:
 def pasted(
     image: np.ndarray, change: np.ndarray, centre: tuple[float, float], angle: float, scale: float, strength: float
 ) -> np.ndarray:
-    """float32 RGB (S, S, 3): `image` with `change` turned by `angle` (radians), scaled and centred at `centre` (x, y)."""
+    """float32 RGB (S, S, 3): `image` with `change` turned by `angle` (radians) and scaled, its middle at `centre`."""
     # Area averaging first: a bilinear warp alone would drop ticks that are narrower than a pixel.
     small = cv2.resize(change, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else change
     rest = 1.0 if scale < 1 else scale
