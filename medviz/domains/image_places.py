@@ -10,6 +10,7 @@ CENTRE = "centre"
 IMAGE_PLACES = (*EDGES, *CORNERS, CENTRE)
 
 _VERTICAL = {"upper": "upper;top", "lower": "lower;bottom"}
+_SIDES = ("left", "right")
 _NOUNS = ("edge", "margin", "side")
 
 
@@ -21,11 +22,12 @@ def place_phrase(place: str) -> str:
 def place_wordings() -> Iterator[str]:
     """The phrases that name a place on the image, as people word them: "bottom margin", "top left corner", "center"."""
     vertical = [word for words in _VERTICAL.values() for word in listed(words)]
-    for word in (*vertical, "left", "right"):
-        yield from (f"{word} {noun}" for noun in _NOUNS)
-        yield from (f"{noun} of the image" if word == "left" else f"{word} of the image" for noun in ("edge",))
+    for word in (*vertical, *_SIDES):
+        for noun in _NOUNS:
+            yield f"{word} {noun}"
+            yield f"{word} {noun} of the image"
     for word in vertical:
-        for side in ("left", "right"):
+        for side in _SIDES:
             yield f"{word} {side} corner"
             yield f"{word} {side}"
-    yield from listed("centre;center;middle;centre of the image;center of the image;middle of the image")
+    yield from (f"{word}{rest}" for word in listed("centre;center;middle") for rest in ("", " of the image"))

@@ -368,7 +368,7 @@ def paint_gel_bubble(image: np.ndarray, place: str, rng: np.random.Generator, te
     painted = image.copy()
     kind = rng.random()
     count = 1 if kind < 0.3 else int(rng.integers(2, 7)) if kind < 0.75 else int(rng.integers(7, 22))
-    largest = rng.uniform(7, 28) if count == 1 else rng.uniform(5, 16) if count < 7 else rng.uniform(3, 8)
+    largest = rng.uniform(7, 28) if count == 1 else rng.uniform(5, 16) if count < 7 else rng.uniform(4, 8.5)
     centre, reach = _region(place, rng, 0.42)
     if not place and count > 1:
         centre, reach = rng.uniform(0.15, 0.85, 2), np.full(2, rng.choice((0.1, 0.2, 0.4)))
@@ -482,7 +482,7 @@ def _strokes(size: int, place: str, rng: np.random.Generator) -> tuple[list[np.n
         width = rng.uniform(2, 6)
         for _ in range(int(rng.integers(1, 4)) if kind == "lines" else 1):
             shift = rng.normal(0, 7 * k, 2) if kind == "lines" else np.zeros(2)
-            wobble = rng.normal(0, 1.2 * k, (7, 2)).cumsum(axis=0)
+            wobble = rng.normal(0, 1.8 * k, (7, 2)).cumsum(axis=0)
             line(middle + shift + np.linspace(-0.5, 0.5, 7)[:, None] * length * axis + wobble, width)
         if kind == "arrow":
             tip = middle + 0.5 * length * axis
@@ -538,12 +538,12 @@ def paint_ink(image: np.ndarray, place: str, rng: np.random.Generator, templates
     amount = _coverage(size, draw, blur_px=rng.uniform(0.3, 0.8) * k)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     furrows = (cv2.GaussianBlur(grey, (0, 0), 2.5 * k) - cv2.GaussianBlur(grey, (0, 0), 0.6 * k)) / 12
-    dryness = rng.uniform(0.1, 0.9) if widths.max() > 2.5 * k else rng.uniform(0.0, 0.35)
+    dryness = rng.uniform(0.4, 0.95) if widths.max() > 2.5 * k else rng.uniform(0.1, 0.5)
     grain = 0.75 * _noise(size, size // 2, rng) + 0.6 * _noise(size, size // 6, rng) + np.clip(furrows, -1.5, 1.5)
     held = np.clip(1 - dryness + dryness * (0.35 + 0.9 * grain), 0.02, 1.6)
     names = tuple(INKS)
     ink = np.array(INKS[str(rng.choice(names, p=(0.42, 0.25, 0.1, 0.12, 0.09, 0.02)))], np.float32)
-    ink = ink * rng.uniform(0.85, 1.15, 3).astype(np.float32) * rng.uniform(0.5, 1.25)
+    ink = ink * rng.uniform(0.85, 1.15, 3).astype(np.float32) * rng.uniform(0.7, 1.5)
     bleed = rng.uniform(0, 0.1) * cv2.GaussianBlur(amount, (0, 0), 3 * k)
     density = (amount * held + bleed).astype(np.float32)
     return image * np.exp(-density[..., None] * ink)
