@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from medviz.errors import InputError
-from train.datasets.counterfactuals import dermatology_a
+from train.datasets.counterfactuals import family_a
 from train.datasets.counterfactuals.base import Counterfactual, Family, relit
 from train.datasets.counterfactuals.dermatology import ArtefactFamily
 
 __all__ = ["FAMILIES", "Counterfactual", "Family", "family", "relit"]
 
 FAMILIES: dict[tuple[str, str], Callable[[], Family]] = {
-    ("dermatology", "a"): lambda: ArtefactFamily("a", dermatology_a.PAINTERS, thirds=(0, 1), half=0),
+    ("dermatology", "a"): lambda: ArtefactFamily("a", family_a.PAINTERS, thirds=(0, 1), half=0),
 }
 """(domain, name) -> what makes the family."""
 

@@ -1,9 +1,9 @@
 """Artefacts added to dermoscopic images: which images may take one, the exact mask, the records of both pictures.
 
-How an artefact is drawn is the families' own: `dermatology_a` and `dermatology_b` bring one painter an attribute.
+How an artefact is drawn is the families' own: `family_a` and `family_b` bring one painter an attribute.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,9 @@ from medviz.domains.image_places import IMAGE_PLACES
 from medviz.errors import InputError
 from medviz.evidence.places import place_of
 from train.datasets.counterfactuals.base import Counterfactual
-from train.datasets.counterfactuals.templates import Template, read_templates
+from train.datasets.counterfactuals.templates import Painter, read_templates
 from train.datasets.split import Split
 from train.datasets.visible import SIDE_PX, UNSEEN, hair_length
-
-Templates = Mapping[str, list[Template]]
-Painter = Callable[[np.ndarray, str, np.random.Generator, Templates], np.ndarray]
-"""float32 RGB (S, S, 3) in grey levels, a place or "", rng, templates -> the picture with the artefact, unclipped."""
 
 ATTRIBUTES = ("ruler", "gel_bubble", "hair", "ink")
 LABELLED_BY_HAND = ("manual", "rl4med")

@@ -5,6 +5,7 @@ Katsch, Rinner, Tschandl 2022; each template is what is added to and taken from 
 
 import hashlib
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class Template:
     image_id: str
     artefact: str
     change: np.ndarray
+
+
+Templates = Mapping[str, list[Template]]
+Painter = Callable[[np.ndarray, str, np.random.Generator, Templates], np.ndarray]
+"""float32 RGB (S, S, 3) in grey levels, a place or "", rng, templates -> the picture with the artefact, unclipped."""
 
 
 def third_of(image_id: str) -> int:
@@ -65,18 +71,3 @@ def _clean(change: np.ndarray) -> np.ndarray:
     least, full = NOISE_LEVELS
     strength = np.abs(change).max(axis=2, keepdims=True)
     return change * np.clip((strength - least) / (full - least), 0, 1)
-
-
-def pasted(
-    image: np.ndarray, change: np.ndarray, centre: tuple[float, float], angle: float, scale: float, strength: float
-) -> np.ndarray:
-    """float32 RGB (S, S, 3): `image` with `change` turned by `angle` (radians) and scaled, its middle at `centre`."""
-    # Area averaging first: a bilinear warp alone would drop ticks that are narrower than a pixel.
-    small = cv2.resize(change, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else change
-    rest = 1.0 if scale < 1 else scale
-    cosine, sine = np.cos(angle) * rest, np.sin(angle) * rest
-    matrix = np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0]])
-    middle = np.array([small.shape[1] - 1, small.shape[0] - 1]) / 2
-    matrix[:, 2] = np.asarray(centre) - matrix[:, :2] @ middle
-    laid = cv2.warpAffine(small, matrix, image.shape[1::-1], flags=cv2.INTER_LINEAR)
-    return image + strength * laid
