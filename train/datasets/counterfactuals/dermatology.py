@@ -105,13 +105,13 @@ class ArtefactFamily:
             found = place_of(mask)
             if place and found != place:
                 continue
-            column = f"artefact_{attribute}"
+            column, places = f"artefact_{attribute}", record.get("artefact_place") or {}
             return Counterfactual(
                 without=image,
                 image=changed,
                 mask=mask,
                 without_record={**record, column: 0.0},
-                record={**record, column: 1.0, "artefact_place": {attribute: found}},
+                record={**record, column: 1.0, "artefact_place": {**places, attribute: found}},
                 attribute=attribute,
                 place=found,
             )
