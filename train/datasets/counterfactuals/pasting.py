@@ -8,6 +8,7 @@ from train.datasets.counterfactuals.templates import Template, Templates
 
 SCALES = (0.4, 0.7)
 """From the 600 x 450 originals to a 256 px image."""
+BUBBLE_SCALES = (0.4, 0.85)
 STRENGTHS = (0.6, 1.1)
 FAINT_LEVELS, SEEN_LEVELS = 60, (45, 110)
 """The ink of a ruler fainter than the first, in grey levels, is brought to a level between the others."""
@@ -68,13 +69,16 @@ def paste_ink(image: np.ndarray, place: str, rng: np.random.Generator, templates
 def paste_bubbles(
     image: np.ndarray, discs: list[tuple[float, float, float]], rng: np.random.Generator, templates: Templates
 ) -> np.ndarray:
-    """Bubble templates of one source image at `discs` (x, y, radius in pixels), each in its own size."""
+    """Bubble templates of one source image at `discs` (x, y, radius in pixels), each about as large as its disc."""
     source = _drawn(templates["gel_bubble"], rng).image_id
     bank = [template for template in templates["gel_bubble"] if template.image_id == source]
-    for x, y, _ in discs:
-        change = _drawn(bank, rng).change
+    least, most = (scale * image.shape[0] / 256 for scale in BUBBLE_SCALES)
+    for x, y, radius in discs:
+        fitting = [2.4 * radius / max(template.change.shape[:2]) for template in bank]
+        sized = [template for template, scale in zip(bank, fitting, strict=True) if least <= scale <= most]
+        change = _drawn(sized or bank, rng).change
+        scale = float(np.clip(2.4 * radius / max(change.shape[:2]), least, most))
         change = change[:, ::-1] if rng.random() < 0.5 else change
-        scale = rng.uniform(0.45, 0.8) * image.shape[0] / 256
         image = pasted(image, change, (x, y), rng.uniform(0, 2 * np.pi), scale, rng.uniform(0.8, 1.15))
     return image
 

@@ -15,14 +15,17 @@ class Pose:
     angle: float
 
 
-def pose(place: str, rng: np.random.Generator, depth: tuple[float, float], tilt: float = 1.0) -> Pose:
+def pose(
+    place: str, rng: np.random.Generator, depth: tuple[float, float], tilt: float = 1.0, from_outside: bool = False
+) -> Pose:
     """A pose at an edge or a corner, upright for someone who looks from that edge, or across the image.
 
-    depth: range of the distance from the edge, in sides. tilt: factor on the random tilt.
+    depth: range of the distance from the edge, in sides. tilt: factor on the random tilt. from_outside: of a strip that
+    reaches in from an edge: its foot is always outside, and it never lies across.
     """
     if not place:
-        places = (*EDGES, "corner", "across")
-        place = str(rng.choice(places, p=(0.17, 0.4, 0.1, 0.1, 0.11, 0.12)))
+        places, shares = (*EDGES, "corner", "across"), (0.17, 0.4, 0.1, 0.1, 0.11, 0.12)
+        place = str(rng.choice(EDGES if from_outside else places, p=None if from_outside else shares))
     if place == "corner":
         place = str(rng.choice(CORNERS))
     along, into = rng.normal(0, 0.12), rng.uniform(*depth)
@@ -30,7 +33,7 @@ def pose(place: str, rng: np.random.Generator, depth: tuple[float, float], tilt:
     if place == "lower edge":
         return Pose((0.5 + along, 1 - into), lean)
     if place == "upper edge":
-        return Pose((0.5 + along, into), lean + (np.pi if rng.random() < 0.7 else 0))
+        return Pose((0.5 + along, into), lean + (np.pi if from_outside or rng.random() < 0.7 else 0))
     if place == "left edge":
         return Pose((into, 0.5 + along), lean + np.pi / 2)
     if place == "right edge":

@@ -7,7 +7,7 @@ import numpy as np
 
 from train.datasets.counterfactuals.family_a.canvas import FINE, SHIFT, blend, fixed
 from train.datasets.counterfactuals.pasting import paste_ruler
-from train.datasets.counterfactuals.placement import Pose, pose
+from train.datasets.counterfactuals.placement import pose
 from train.datasets.counterfactuals.templates import Templates
 
 
@@ -140,10 +140,7 @@ def paint_ruler(image: np.ndarray, place: str, rng: np.random.Generator, templat
     else:
         # Only the strip's marked side reaches into the image.
         strip, anchor = _printed_strip(rng, k), 0.0
-        edge = place or str(rng.choice(("lower edge", "upper edge", "left edge", "right edge", "corner")))
-        laid = pose(edge, rng, (0.03, 0.1), tilt=0.4)
-        if edge == "upper edge" and abs(np.cos(laid.angle) - 1) < 1:
-            laid = Pose(laid.centre, laid.angle + np.pi)
+        laid = pose(place, rng, (0.03, 0.1), tilt=0.4, from_outside=True)
     marks = _laid(strip.marks, size, laid.centre, laid.angle, anchor)
     blur = rng.uniform(0, 0.75) * k
     painted = image

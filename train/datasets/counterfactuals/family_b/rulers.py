@@ -142,10 +142,11 @@ def paint_ruler(image: np.ndarray, place: str, rng: np.random.Generator, templat
     if templates.get("ruler") and rng.random() < 0.3:
         return paste_ruler(image, place, rng, templates)
     draw, _, depth = DRAWN[int(rng.choice(len(DRAWN), p=[share for _, share, _ in DRAWN]))]
-    laid = pose(place, rng, depth, tilt=1.4 if draw is _bar else 0.6)
+    on_paper = draw is not _bar and rng.random() < (0.75 if draw is _chequers else 0.3)
+    laid = pose(place, rng, depth, tilt=1.4 if draw is _bar else 0.6, from_outside=on_paper)
     grid = _grid(image.shape[0], laid, rng)
     painted = image
-    if draw is not _bar and rng.random() < (0.75 if draw is _chequers else 0.3):
+    if on_paper:
         strip = grid.span(grid.across, -rng.uniform(10, 20), 80.0)[..., None] * rng.uniform(0.5, 0.95)
         paper = rng.uniform(200, 248) * np.array([1.0, rng.uniform(0.97, 1.0), rng.uniform(0.93, 1.0)])
         painted = painted * (1 - strip) + paper * strip
