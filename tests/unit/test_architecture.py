@@ -24,6 +24,7 @@ LEVELS: dict[str, int] = {
     "medviz.generation": 3,
     "medviz.grounding": 3,
     "medviz.rewards": 3,
+    "medviz.evidence": 3,
     "medviz.audit": 3,
     "medviz.export": 3,
     "medviz.study": 3,
