@@ -19,6 +19,7 @@ from medviz.models.adapters import load_lora
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
 from train.datasets.latents import check_same_encoder
+from train.pipeline_configs import drop_unknown_options, load_in_fp32
 
 SOURCES: dict[str, list[dict[str, str]]] = {
     "dermatology": [
@@ -158,6 +159,7 @@ def _replace_autoencoder(place: Path, source: str) -> None:
     check_same_encoder(trained_on, shipped, source)
     shutil.rmtree(place)
     shipped.save_pretrained(place)
+    drop_unknown_options(place)
 
 
 def weaken(folder: Path, strength: float) -> None:
@@ -240,6 +242,7 @@ def assemble(parts: Parts, folder: Path) -> None:
     shutil.rmtree(writing, ignore_errors=True)
     _copy(parts.pipeline, writing)
     _replace_autoencoder(writing / "vae", parts.autoencoder)
+    load_in_fp32(writing / "text_encoder")
     for source, name in (
         (parts.features, "features"),
         (parts.reward, "rewards/attribute"),
