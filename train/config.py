@@ -14,6 +14,7 @@ import yaml
 
 from medviz.errors import InputError
 from medviz.generation.guidance import SEMANTIC_INTERVAL, WHOLE_INTERVAL, Guidance
+from train import shipping
 
 
 @dataclass
@@ -130,14 +131,17 @@ def parse(arguments: Sequence[str], config_class: type[C]) -> C:
     """The configuration of a stage from its command line: a recipe, then overrides; `--help` alone lists the options.
 
     On a CPU without instructions for bf16 a recipe that asks for it computes in fp32, and says so: there bf16
-    takes forty times as long. Raises InputError when no recipe is named, for a CUDA device on a machine without one,
-    and as `read_recipe`.
+    takes forty times as long. Reports that are meant for assets/ go where `train.shipping` places them.
+
+    Raises InputError when no recipe is named, for a CUDA device on a machine without one, and as `read_recipe`.
     """
     if not arguments:
         raise InputError("name a recipe, e.g. one of train/recipes/, or --help for the options")
     if arguments[0] in ("-h", "--help"):
         return tyro.cli(config_class, args=["--help"], prog=_PROGRAM)
     config = read_recipe(arguments[0], config_class, arguments[1:])
+    places = {name: getattr(config, name) for name in ("report", "reports") if getattr(config, name, "")}
+    config = replace(config, **{name: str(shipping.place(path)) for name, path in places.items()})  # type: ignore[arg-type]
     if config.device.startswith("cuda") and not _has_cuda():
         raise InputError(
             f"the device {config.device} is not there: this machine has no CUDA card. Pass --device cpu, or take a "
