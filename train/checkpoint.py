@@ -86,7 +86,7 @@ def save(
         left = ", ".join(f"checkpoint-{old:08d}" for old in steps(folder)) or "none"
         raise ModelError(
             f"the checkpoint of step {step} cannot be written to {folder}: {error}. Checkpoints left as they were: "
-            f"{left}. Make room, then go on with --resume"
+            f"{left}. Make room, then {'go on with --resume' if steps(folder) else 'start again'}"
         ) from error
     found = steps(folder)
     kept = [old for old in found if old <= step][-keep:]

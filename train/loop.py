@@ -70,10 +70,10 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
         trained_s = state.pop("trained_s")
         figures.load_state(state.pop("figures", {}))
         learner.load_state(state)
-        if main:
-            _forget_after(out / METRICS_LOG, start)
     elif checkpoint.steps(out):
         raise ModelError(f"{out} already holds a checkpoint: pass --resume to go on, or choose another --out")
+    if main:
+        _forget_after(out / METRICS_LOG, start)
     began = saved = time.monotonic()
     page = Tracker(config) if tracker is None else tracker
 
@@ -205,7 +205,7 @@ def _resumed(config: StageConfig) -> tuple[int, dict[str, Any]]:
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drop the lines of steps that the checkpoint of `step` does not hold: a resumed run makes and logs them again."""
+    """Drop the lines of steps after `step`, which the run goes on from: it takes and logs them again."""
     if log.is_file():
         kept = [json.dumps(line) + "\n" for line in read_metrics(log) if line["step"] <= step]
         with _told_of_the_disk(log):

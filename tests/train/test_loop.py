@@ -119,12 +119,17 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path: Path, un
     assert child.wait() == -signal.SIGKILL
     assert checkpoint.steps(out)[-1] < STEPS
     assert not (out / "metrics.json").exists()
+    with (out / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"pixel": 0.1, "st')  # as if the kill had torn a line
 
     metrics = train(out, resume=True)
 
     assert metrics is not None
     assert metrics["steps"] == STEPS
     assert_same_run(out, uninterrupted)
+    logged = [loop.read_metrics(folder / "metrics.jsonl") for folder in (out, uninterrupted)]
+    first, second = ([line | {"trained_s": None} for line in lines] for lines in logged)
+    assert first == second
 
 
 class Clock:
@@ -313,6 +318,14 @@ def test_a_damaged_log_is_mended_and_told_of(
     fit(Timed(clock), StageConfig(out=str(tmp_path), resume=True, **settings))
     assert f"{log}: left out what is no record, in line 6" in caplog.text
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 9))
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_its_log_anew(tmp_path: Path, clock: Clock) -> None:
+    settings: dict[str, Any] = {"steps": 4, "checkpoint_every_s": 1e9, "log_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        fit(Timed(clock, breaks_at=2), StageConfig(out=str(tmp_path), **settings))
+    fit(Timed(clock), StageConfig(out=str(tmp_path), **settings))
+    assert [line["step"] for line in loop.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_merged_lines_lose_only_what_was_torn(tmp_path: Path) -> None:
