@@ -109,8 +109,8 @@ class Studio:
         steps: of the solver's; where the model folder says so, its few-step adapter takes the last of them at once, at
         the domain's own guidance scale. guidance_scale: None takes that. adapter: a name, "" for the domain's default,
         None or "none" for the baseline on both sides. on_preview is called in this thread after every step; cancelled
-        is asked as often. A pair that was just compared is copied. Raises InputError before any model is loaded, Cancelled when cancelled or after MAX_REQUEST_S
-        of drawing.
+        is asked as often. A pair that was just compared is copied. Raises InputError before any model is loaded,
+        Cancelled when cancelled or after MAX_REQUEST_S of drawing.
         """
         request = self._check(domain, prompt, seed, steps, guidance_scale, adapter)
         stop = _Stop(cancelled)

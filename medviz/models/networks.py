@@ -15,7 +15,7 @@ from medviz.errors import InputError, ModelError
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], where: Path) -> None:
-    """Raise ModelError, naming the first of `weights` and the file or folder `where`, for a value that is not finite."""
+    """Raise ModelError, naming the tensor and the file or folder `where`, for a weight that is not finite."""
     for name, weight in weights.items():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{where} is damaged: its weights {name} hold values that are not finite")
@@ -23,7 +23,7 @@ def check_finite(weights: Mapping[str, torch.Tensor], where: Path) -> None:
 
 @contextmanager
 def keeping_random_state() -> Iterator[None]:
-    """Restore the random state of torch's CPU generator on exit: building a network draws weights that stored ones replace."""
+    """Restore torch's random state on exit: a network is built with random weights before stored ones replace them."""
     with torch.random.fork_rng(devices=()):  # networks are built on the CPU
         yield
 
