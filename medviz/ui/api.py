@@ -58,7 +58,11 @@ class Endpoints:
     ) -> tuple[str, str, dict[str, Any]]:
         """Draw a prompt with the baseline and with the aligned model from the same noise."""
         with telling():
-            settings = {"steps": steps, "guidance_scale": guidance_scale, "adapter": adapter or ""}
+            settings: dict[str, Any] = {
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "adapter": "" if adapter is None else adapter,
+            }
             pair = await computed(
                 lambda cancelled: self.studio.compare(domain, prompt, seed, **settings, cancelled=cancelled)
             )
@@ -73,7 +77,11 @@ class Endpoints:
     ) -> tuple[str, str, dict[str, Any]]:
         """Show where a word of the prompt looked on both images; at once after /compare of the same request."""
         with telling():
-            settings = {"steps": steps, "guidance_scale": guidance_scale, "adapter": adapter or ""}
+            settings: dict[str, Any] = {
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "adapter": "" if adapter is None else adapter,
+            }
             pair, look = await computed(
                 lambda cancelled: self.studio.attention(domain, prompt, seed, word, **settings, cancelled=cancelled)
             )
@@ -88,7 +96,9 @@ class Endpoints:
         with telling():
             path = _path(image)
             found = await computed(
-                lambda cancelled: self.studio.ground(domain, path, phrase, adapter or "", cancelled=cancelled)
+                lambda cancelled: self.studio.ground(
+                    domain, path, phrase, "" if adapter is None else adapter, cancelled=cancelled
+                )
             )
         kept = views.shrunk(found)
         picture = overlay(kept.image, kept.heat_map, side_px=max(kept.image.size))
@@ -108,22 +118,10 @@ class Endpoints:
         return {"scores": rows}
 
 
-class _Text(gr.Textbox):
-    """Hands on what was sent as it is: gr.Textbox would make text of anything, and the limits could not refuse it."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
-
-
-class _Figure(gr.Number):
-    """Hands on what was sent as it is; the limits judge it."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
+def _as_sent(component: gr.components.Component) -> gr.components.Component:
+    """Let a component hand on what was sent: gr.Textbox makes text of anything, and the limits could not refuse it."""
+    component.preprocess = lambda payload: payload
+    return component
 
 
 def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> None:
@@ -135,15 +133,15 @@ def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> Non
     endpoints = Endpoints(studio)
     with gr.Group(visible=False):
         request = [
-            _Text(label="domain"),
-            _Text(label="prompt"),
-            _Figure(1, label="seed"),
-            _Figure(DEFAULT_STEPS, label="steps"),
-            _Figure(DEFAULT_GUIDANCE_SCALE, label="guidance_scale"),
-            _Text("", label="adapter"),
+            _as_sent(gr.Textbox(label="domain")),
+            _as_sent(gr.Textbox(label="prompt")),
+            _as_sent(gr.Number(1, label="seed")),
+            _as_sent(gr.Number(DEFAULT_STEPS, label="steps")),
+            _as_sent(gr.Number(DEFAULT_GUIDANCE_SCALE, label="guidance_scale")),
+            _as_sent(gr.Textbox("", label="adapter")),
         ]
         domain, text, adapter = request[0], request[1], request[5]
-        word_box, phrase = _Text(label="word"), _Text(label="phrase")
+        word_box, phrase = _as_sent(gr.Textbox(label="word")), _as_sent(gr.Textbox(label="phrase"))
         image = gr.File(label="image", type="filepath")
         pngs = [gr.Image(label=label, type="filepath", format="png") for label in ("baseline", "aligned", "overlay")]
         report = gr.JSON(label="report")

@@ -1,4 +1,4 @@
-"""What every HTTP request passes before gradio sees it: names, headers, routes, numbers of requests and sizes of bodies.
+"""What every HTTP request passes before gradio: host names, headers, routes, numbers of requests, sizes of bodies.
 
 Each class is one ASGI application around the next. `guarded` puts them around the whole of gradio's application, its
 own answers to preflight requests included. A refusal is JSON {"detail": text}; where waiting helps it has Retry-After.
@@ -104,8 +104,9 @@ class SecurityHeaders:
 class TrustedNames:
     """Refuses a Host that is not the server's, and a changing request that a page of another origin sends.
 
-    names: host names besides localhost, Spaces and IP addresses, which no one can point elsewhere. A request without
-    Origin comes from no browser's page. The Origin's host is the Host, the one that a proxy forwards, or one of `names`.
+    names: host names besides localhost, Spaces and IP addresses, which nobody else can point at this server. A request
+    without Origin comes from no page. An Origin is the server's own when it names the Host, the host that a proxy
+    forwards, or one of `names`.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str] = ()) -> None:

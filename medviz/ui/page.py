@@ -117,8 +117,8 @@ class Page(gr.Blocks):
     def queue(self, *arguments: Any, **settings: Any) -> "Page":
         """Set the queue up as gr.Blocks does."""
         super().queue(*arguments, **settings)
-        plain = self._queue
-        self._queue = FairQueue(
+        plain: Queue = self._queue
+        self._queue: Queue = FairQueue(
             live_updates=plain.live_updates,
             concurrency_count=plain.max_thread_count,
             update_intervals=plain.update_intervals,
@@ -128,6 +128,10 @@ class Page(gr.Blocks):
         )
         return self
 
+    def finish(self, seconds: float) -> None:
+        """Take no new requests and give running ones `seconds`; see FairQueue.finish."""
+        self._queue.finish(seconds)
+
     def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
         """Raise gr.Error unless there is one value for each input."""
         if len(inputs) != len(block_fn.inputs):
@@ -136,7 +140,7 @@ class Page(gr.Blocks):
     async def preprocess_data(
         self, block_fn: BlockFunction, inputs: list[Any], state: SessionState | None, explicit_call: bool = False
     ) -> list[Any]:
-        """Return the inputs as the event's function takes them; gr.Error for a value of a wrong form or a foreign file."""
+        """Return the inputs as the function takes them; gr.Error for a value of a wrong form or a foreign file."""
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except InvalidPathError:
