@@ -20,13 +20,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medviz import limits
-from medviz.ui.page import FairQueue
 
 API = "/gradio_api/"
 SPACE_SUFFIX = ".hf.space"
 _MULTIPART_BYTES = 2**16  # what surrounds an uploaded file in its request
 _POST_ROUTES = ("run/predict", "queue/join", "upload", "cancel", "reset", "component_server")
-_QUEUED_ROUTES = ("queue/join", "call/")
 _CLOSED_GET_ROUTES = ("proxy=", "file=http:", "file=https:", "file/http:", "file/https:", "dev/")
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
 
@@ -191,26 +189,6 @@ class InFlight:
                 del self.counts[client]
 
 
-class Admission:
-    """Lets a request into the queue unless the client has too many there, or the server is stopping."""
-
-    def __init__(self, app: ASGIApp, queue: FairQueue) -> None:
-        self.app, self.queue = app, queue
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            if self.queue.closing:
-                await refuse(scope, receive, send, 503, "the server is stopping; send the request again later", 30)
-                return
-            if route_of(scope).startswith(_QUEUED_ROUTES):
-                waiting = self.queue.pending(client_of(scope))
-                if waiting >= limits.MAX_QUEUE_PER_CLIENT:
-                    detail = f"{waiting} requests of this client wait or run; at most {limits.MAX_QUEUE_PER_CLIENT} may"
-                    await refuse(scope, receive, send, 429, detail, 5)
-                    return
-        await self.app(scope, receive, send)
-
-
 class Uploads:
     """Counts the bytes that clients uploaded within the time for which uploads are kept."""
 
@@ -342,10 +320,9 @@ def guarded(names: Collection[str], in_space: bool) -> Callable[[App], AbstractA
 
     @asynccontextmanager
     async def lifespan(app: App) -> AsyncIterator[None]:
-        queue = app.get_blocks()._queue
         uploads = Uploads(limits.MAX_UPLOADS_BYTES, limits.MAX_UPLOADS_BYTES_PER_CLIENT, limits.UPLOADS_KEPT_S)
         stack: ASGIApp = app.middleware_stack or app.build_middleware_stack()
-        stack = Admission(BodyLimits(stack, uploads), queue)
+        stack = BodyLimits(stack, uploads)
         stack = InFlight(stack, limits.MAX_POSTS, limits.MAX_POSTS_PER_CLIENT, {"POST"})
         stack = InFlight(stack, limits.MAX_CONNECTIONS, limits.MAX_CONNECTIONS_PER_CLIENT)
         app.middleware_stack = SecurityHeaders(TrustedNames(Routes(stack), names), in_space)

@@ -11,17 +11,19 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import fastapi
 import gradio as gr
 import pydantic
 from gradio.block_function import BlockFunction
 from gradio.context import LocalContext
+from gradio.data_classes import PredictBodyInternal
 from gradio.exceptions import ComponentProcessingError, InvalidPathError
 from gradio.queueing import Event, Queue
 from gradio.server_messages import ProcessCompletedMessage
 from gradio.state_holder import SessionState
 
 from medviz.errors import Cancelled
-from medviz.limits import UNATTENDED_S
+from medviz.limits import MAX_QUEUE_PER_CLIENT, UNATTENDED_S
 from medviz.ui.guard import message
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,15 @@ class FairQueue(Queue):
         self._served: dict[str, int] = {}  # client -> number of its last turn
         self._unread_since: WeakKeyDictionary[Event, float] = WeakKeyDictionary()
 
-    def pending(self, client: str) -> int:
-        """How many requests of a client wait or run."""
-        return sum(_client(event) == client for event in list(self.event_ids_to_events.values()))
+    async def push(self, body: PredictBodyInternal, request: fastapi.Request, username: str | None) -> Any:
+        """Take a request in; HTTPException 429 when too many of the client are there, 503 when the server stops."""
+        if self.closing:
+            raise fastapi.HTTPException(503, STOPPING, {"Retry-After": "30"})
+        pending = sum(_client(event) == _host(request) for event in self.event_ids_to_events.values())
+        if pending >= MAX_QUEUE_PER_CLIENT:
+            detail = f"{pending} requests of this client wait or run; at most {MAX_QUEUE_PER_CLIENT} may"
+            raise fastapi.HTTPException(429, detail, {"Retry-After": "5"})
+        return await super().push(body, request, username)
 
     def unread_s(self, event: Event) -> float:
         """For how long messages to whoever sent a request have lain unread; infinity where nobody can read them."""
@@ -143,6 +151,8 @@ class Page(gr.Blocks):
         """Return the inputs as the function takes them; gr.Error for a value of a wrong form or a foreign file."""
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        except gr.Error:  # a ValueError, too
+            raise
         except InvalidPathError:
             raise message("A file has to be uploaded first; send the path that the upload returned.") from None
         except (ComponentProcessingError, pydantic.ValidationError, ValueError, TypeError, KeyError, OSError) as error:
@@ -159,5 +169,8 @@ def caller_has_left() -> Callable[[], bool]:
 
 
 def _client(event: Event) -> str:
-    client = event.request.client
-    return client.host if client else "unknown"
+    return _host(event.request)
+
+
+def _host(request: fastapi.Request) -> str:
+    return request.client.host if request.client else "unknown"
