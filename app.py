@@ -60,4 +60,8 @@ def serve(host: str, port: int, stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    # Everything is closed. Threads of libraries may still run, and taking the interpreter down under them aborts it.
+    os._exit(status)

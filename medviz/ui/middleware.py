@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from gradio.routes import App
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -285,8 +286,13 @@ class BodyLimits:
                 is_answered = True
                 await send(message)
 
-        if await check(size, size) is None:
+        if await check(size, size) is not None:
+            return
+        try:
             await self.app(scope, receive_within_limits, send_unless_refused)
+        except ClientDisconnect:
+            if not is_refused:
+                raise
 
 
 def _host_name(host: str) -> str:
