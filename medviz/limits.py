@@ -23,7 +23,7 @@ MAX_REQUEST_S = 120
 # The server. A client is an IP address, behind a trusted proxy the one that the proxy names.
 MAX_QUEUE = 16  # requests of all clients that wait for the models
 MAX_QUEUE_PER_CLIENT = 8  # requests of one client that wait or run
-UNATTENDED_S = 3.0  # a request whose messages nobody reads for so long gives way to others
+UNATTENDED_S = 2.0  # a request whose messages nobody reads for so long gives way to others
 MAX_POSTS, MAX_POSTS_PER_CLIENT = 48, 12  # POST requests in flight
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT = 512, 96  # requests of any kind in flight, open event streams included
 MAX_JSON_BYTES = 2**20  # body of a POST request that is no upload

@@ -11,7 +11,6 @@ from medviz.errors import ModelError
 from medviz.export.archive import NOTICE
 from medviz.export.examples import read_examples
 from medviz.limits import MAX_QUEUE, MAX_UPLOAD_BYTES, UPLOADS_KEPT_S
-from medviz.models.manifest import MANIFEST_NAME
 from medviz.studio import Studio
 from medviz.ui.about import build_about
 from medviz.ui.api import build_api
@@ -62,7 +61,7 @@ def build(studio: Studio) -> Page:
 def _usable_domains(studio: Studio) -> list[str]:
     found = studio.domains()
     if not found:
-        raise ModelError(f"there are no models in {studio.root}: no {' or '.join(DOMAINS)}/{MANIFEST_NAME} is there")
+        raise ModelError(f"there are no models in {studio.root}; it needs a folder {' or '.join(DOMAINS)}")
     usable, errors = [], []
     for name in found:
         try:

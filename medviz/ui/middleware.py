@@ -53,14 +53,16 @@ def route_of(scope: Scope) -> str:
 class SecurityHeaders:
     """Adds headers that restrict what a browser does with an answer, and takes gradio's CORS headers away.
 
-    in_space: Hugging Face may show the page in a frame, and its script may adapt the frame's height.
+    in_space: Hugging Face may show the page in a frame, its script may adapt the frame's height, and the page may ask
+    Hugging Face for the Space's state.
     """
 
     def __init__(self, app: ASGIApp, in_space: bool = False) -> None:
         self.app = app
-        script, ancestors = "", "'self'"
+        script, connect, ancestors = "", "", "'self'"
         if in_space:
             script = " https://cdnjs.cloudflare.com/ajax/libs/iframe-resizer/"
+            connect = " https://huggingface.co"
             ancestors += " https://huggingface.co https://*.huggingface.co https://*.hf.space"
         policy = {
             "default-src": "'self'",
@@ -70,7 +72,7 @@ class SecurityHeaders:
             "font-src": "'self' data:",
             "media-src": "'self' data: blob:",
             "worker-src": "'self' blob:",
-            "connect-src": "'self' data: blob:",
+            "connect-src": f"'self' data: blob:{connect}",
             "object-src": "'none'",
             "base-uri": "'self'",
             "form-action": "'self'",
