@@ -18,10 +18,10 @@ MIN_SEED, MAX_SEED = 0, 2**32 - 1
 MAX_UPLOAD_BYTES = 32 * 2**20
 MAX_IMAGE_PIXELS = 24_000_000  # checked before an image is decoded
 MIN_IMAGE_SIDE_PX = 32
+MAX_QUEUE = 16  # requests waiting for the one model
 MAX_REQUEST_S = 120
 
 # The server. A client is an IP address, behind a trusted proxy the one that the proxy names.
-MAX_QUEUE = 16  # requests of all clients that wait for the models
 MAX_QUEUE_PER_CLIENT = 8  # requests of one client that wait or run
 UNATTENDED_S = 2.0  # a request whose messages nobody reads for so long gives way to others
 MAX_POSTS, MAX_POSTS_PER_CLIENT = 48, 12  # POST requests in flight
