@@ -243,7 +243,7 @@ class Radiology(Domain):
     def caption(self, record: Record, rng: random.Random) -> str:
         """See `Domain.caption`. At most 40 tokens; findings are named all or not at all, each with its place.
 
-        A record may hold `finding_places`, a mapping (or its JSON) from words of findings to the places of each, such as
+        A record may hold `finding_places`, a mapping (or its JSON) from words of findings to the places of each, as in
         {"nodule": ["left upper zone"]}: what the picture shows, said instead of its findings and boxes.
         """
         canonical = rng.random() < 0.5
@@ -317,8 +317,10 @@ def _published(record: Record) -> tuple[str, ...]:
 
 def _finding_places(record: Record) -> dict[str, Sequence[str]]:
     """`finding_places` of a record as a mapping; empty where it has none."""
-    found = record.get("finding_places") or {}
-    return dict(json.loads(found) if isinstance(found, str) else found)  # type: ignore[call-overload]
+    found: object = record.get("finding_places")
+    if isinstance(found, str):
+        found = json.loads(found)
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _patient(record: Record, rng: random.Random) -> str:

@@ -82,10 +82,8 @@ def donor_residuals(split: Split, family: ChestFamily) -> list[np.ndarray]:
     for index in np.nonzero(split.halves == family.half)[0]:
         marked = [box for box in boxes(split.records[index]) if box["label"] in DONOR_LABELS]
         donor = film(split.image(int(index), DONOR_PX), lungs[index]) if marked else None
-        for box in marked if donor is not None else ():
-            residual = _residual(donor, box)
-            if residual is not None:
-                found.append(residual)
+        if donor is not None:
+            found += [residual for box in marked if (residual := _residual(donor, box)) is not None]
     return found
 
 
@@ -113,11 +111,12 @@ def _residual(donor: Film, box: dict) -> np.ndarray | None:
 
 def noise(size_px: int, rng: np.random.Generator) -> np.ndarray:
     """Cloud noise of several scales, float32 (S, S), mean 0 and deviation 1."""
-    total = np.zeros((size_px, size_px), np.float32)
+    half = size_px // 2
+    total = np.zeros((half, half), np.float32)
     for cells, weight in OCTAVES:
         coarse = rng.standard_normal((cells, cells), np.float32)
-        total += weight * cv2.resize(coarse, (size_px, size_px), interpolation=cv2.INTER_CUBIC)
-    return (total - total.mean()) / total.std()
+        total += weight * cv2.resize(coarse, (half, half), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize((total - total.mean()) / total.std(), (size_px, size_px), interpolation=cv2.INTER_LINEAR)
 
 
 def _spot(found: Film, place: str, rng: np.random.Generator) -> tuple[float, float] | None:
@@ -177,10 +176,10 @@ def _filled(found: Film, amount: np.ndarray, level: float | np.ndarray, detail: 
 def _effusion(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
     """Fluid up to a meniscus that rises to the chest wall; the diaphragm and the costophrenic angle are hidden."""
     side = place.split()[0]
-    size, lung = found.size_px, found.outline[side]
+    size = found.size_px
     rows, inner, outer = found.borders[side]
     height, bottom = len(rows), rows[-1]
-    depth = np.exp(rng.uniform(np.log(0.13), np.log(0.5)))
+    depth = np.exp(rng.uniform(np.log(0.17), np.log(0.5)))
     at_wall = bottom - depth * height
     rise = height * rng.uniform(0.1, 0.2) * (0.6 + depth)
     base = rows > bottom - (depth + 0.2) * height
@@ -190,12 +189,14 @@ def _effusion(found: Film, place: str, rng: np.random.Generator) -> Drawn | None
     surface = at_wall + rise * (1 - (1 - across) ** rng.uniform(1.8, 3.0))
     soft = rng.uniform(4, 9) * size / 256
     under = smooth_step(row_grid - surface, -soft, soft)
-    hemithorax = _hemithorax(found, side, bottom)
-    below = found.low[min(bottom + 3, size - 1) : min(bottom + 16, size), :][:, lung.any(axis=0)]
-    level = float(np.percentile(below, 65)) if below.size else found.tissue
-    level = max(min(level, found.tissue + 25), found.tissue - 10)
-    dense = np.clip(0.72 + 0.3 * (row_grid - surface) / (0.35 * height), 0.6, 0.97)
-    return _filled(found, under * hemithorax * dense, level, rng.uniform(0.35, 0.6))
+    # Under the lung's lowest point, so that fluid and abdomen are one and the diaphragm is lost between them.
+    below = found.low[min(bottom + 4, size - 2) : min(bottom + 16, size)].mean(axis=0, keepdims=True)
+    level = np.clip(cv2.GaussianBlur(below, (0, 0), 8 * size / 256), found.tissue - 22, found.tissue + 22)
+    dense = np.clip(0.75 + 0.3 * (row_grid - surface) / (0.3 * height), 0.65, 0.97)
+    amount = under * dense * _hemithorax(found, side, bottom)
+    amount = np.where(amount < 0.02, 0.0, amount).astype(np.float32)
+    kept = 1 - (1 - rng.uniform(0.3, 0.55)) * amount
+    return Drawn(found.low + amount * (level - found.low) + (found.grey - found.low) * kept, amount)
 
 
 def _hemithorax(found: Film, side: str, bottom: int) -> np.ndarray:
@@ -204,10 +205,10 @@ def _hemithorax(found: Film, side: str, bottom: int) -> np.ndarray:
     mask = found.outline[side].astype(np.uint8)
     reach = max(3, round(5 * size / 256))
     wide = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))
-    # Columns are filled down to the lowest point of the lung: the dome of the diaphragm.
-    filled = np.maximum.accumulate(wide, axis=0)
-    filled[min(bottom + 2, size) :] = 0
-    return cv2.GaussianBlur(filled.astype(np.float32), (0, 0), 1.8 * size / 256)
+    # Columns are filled below the lung: the dome of the diaphragm, which the fluid hides.
+    filled = np.maximum.accumulate(wide, axis=0).astype(np.float32)
+    fade = smooth_step(grid(size)[0], bottom + 12 * size / 256, bottom - 4 * size / 256)
+    return cv2.GaussianBlur(filled, (0, 0), 2.0 * size / 256) * fade
 
 
 def _cardiomegaly(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
