@@ -228,11 +228,16 @@ def _cardiomegaly(found: Film, place: str, rng: np.random.Generator) -> Drawn | 
     thick = np.sqrt(np.clip(1.08 - (np.abs(columns - middle) / reach) ** 2, 0, 1))
     # Where the film is as bright already, as in the old heart, nothing is painted.
     lift = np.clip(level * (0.86 + 0.14 * thick) - smooth, 0, None)
-    lift = cv2.GaussianBlur(lift.astype(np.float32), (0, 0), 3.0)
+    lift = cv2.GaussianBlur(lift.astype(np.float32), (0, 0), 1.0)
     lift *= np.clip((np.abs(columns - middle) - 0.03 * size) / (0.03 * size), 0, 1)
     amount = heart * 0.97
     amount[amount < 0.02] = 0.0
-    painted = found.grey + amount * lift - 0.45 * amount * (found.grey - smooth) * np.clip(lift / 25, 0, 1)
+    # The old border would show as a line inside the new heart, so its detail goes.
+    near = np.maximum(
+        *(np.exp(-(((columns - edge[:, None]) / (0.025 * size)) ** 2)) for edge in (left_heart, right_heart))
+    )
+    lost = amount * np.maximum(0.45 * np.clip(lift / 25, 0, 1), 0.9 * near)
+    painted = found.grey + amount * lift - lost * (found.grey - smooth)
     return Drawn(painted, heart * ((line >= top + 0.4 * height) & (line <= bottom))[:, None])
 
 
