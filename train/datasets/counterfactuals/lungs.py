@@ -27,42 +27,48 @@ BATCH = 32
 
 
 def lung_labels(split: Split, cache: Path = DERIVED, segmenter: Path = SEGMENTER) -> np.ndarray:
-    """Lungs of every image: uint8 (N, GRID_PX, GRID_PX), 0 outside, 1 right and 2 left lung, mapped from a file.
+    """Lungs of every image: uint8 (N, GRID_PX, GRID_PX), 0 outside, 1 right and 2 left lung.
 
-    An image whose lungs were not found, or were found on the wrong sides, is 0 everywhere. The file in `cache` is named
-    by a digest of the images' names and of the segmenter's weights.
+    An image whose lungs were not found, or were found on the wrong sides, is 0 everywhere. Each source has a file in
+    `cache`, named by a digest of its images' names and of the segmenter's weights.
     """
-    digest = hashlib.sha256((segmenter / "model.safetensors").read_bytes())
-    digest.update(repr([(record["image_id"], bool(record.get("lung_mask"))) for record in split.records]).encode())
-    path = cache / f"lungs-{split.name}-{digest.hexdigest()[:16]}.npy"
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        writing = path.with_name(f".{os.getpid()}-{path.name}")
-        np.save(writing, _found(split, segmenter))
-        os.replace(writing, path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _found(split: Split, segmenter: Path) -> np.ndarray:
+    weights = hashlib.sha256((segmenter / "model.safetensors").read_bytes()).digest()
+    sources = np.array([str(record.get("source")) for record in split.records])
     labels = np.zeros((len(split), GRID_PX, GRID_PX), np.uint8)
+    for source in sorted(set(sources)):
+        indices = np.nonzero(sources == source)[0]
+        digest = hashlib.sha256(weights)
+        digest.update(repr([split.records[i]["image_id"] for i in indices]).encode())
+        path = cache / f"lungs-{split.name}-{digest.hexdigest()[:16]}.npy"
+        if not path.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            writing = path.with_name(f".{os.getpid()}-{path.name}")
+            np.save(writing, _found(split, indices, segmenter))
+            os.replace(writing, path)
+        labels[indices] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return labels
+
+
+def _found(split: Split, indices: np.ndarray, segmenter: Path) -> np.ndarray:
+    labels = np.zeros((len(indices), GRID_PX, GRID_PX), np.uint8)
     unmasked = []
-    for index, record in enumerate(split.records):
-        mask = split.mask(index, "lung_mask", GRID_PX) if record.get("lung_mask") else None
+    for row, index in enumerate(indices):
+        mask = split.mask(index, "lung_mask", GRID_PX) if split.records[index].get("lung_mask") else None
         if mask is not None and mask.any():
-            labels[index] = _checked(split_lungs(mask))
+            labels[row] = _checked(split_lungs(mask))
         else:
-            unmasked.append(index)
+            unmasked.append(row)
     network = Segmenter.load(segmenter) if unmasked else None
     for start in tqdm(range(0, len(unmasked), BATCH), unit="batch", desc=f"lungs {split.name}"):
         if network is None:
             break
-        chosen = unmasked[start : start + BATCH]
-        images = to_pixels(split.images(GRID_PX, chosen))
+        rows = unmasked[start : start + BATCH]
+        images = to_pixels(split.images(GRID_PX, [int(indices[row]) for row in rows]))
         with torch.inference_mode():
             guesses = network.probabilities(images)
             guesses = torch.nn.functional.interpolate(guesses, (GRID_PX, GRID_PX), mode="bilinear", align_corners=False)
-        for index, guess in zip(chosen, guesses.argmax(dim=1).numpy(), strict=True):
-            labels[index] = _checked(guess)
+        for row, guess in zip(rows, guesses.argmax(dim=1).numpy(), strict=True):
+            labels[row] = _checked(guess)
     return labels
 
 
