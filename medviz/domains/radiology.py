@@ -64,9 +64,7 @@ FULLY_READ = frozenset({"NIH ChestX-ray14"})
 READ_FOR = ("pneumonia", "edema", "cardiomegaly", "atelectasis", "pleural effusion")
 CHILDREN_ONLY = frozenset({"Kermany 2018 paediatric"})
 _PATIENT_HEADS = {"child": ("age_group", "child"), "pa_view": ("view", "PA"), "male": ("sex", "male")}
-BEFORE_COVID = frozenset(
-    {"NIH ChestX-ray14", "Kermany 2018 paediatric", "Montgomery (NLM)", "Shenzhen (NLM)", "JSRT"}
-)
+BEFORE_COVID = frozenset({"NIH ChestX-ray14", "Kermany 2018 paediatric", "Montgomery (NLM)", "Shenzhen (NLM)", "JSRT"})
 
 
 def _group(years: float) -> str:

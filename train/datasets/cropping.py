@@ -21,7 +21,7 @@ def cropped_film(
     """A window of the film at the film's size, its masks and record with it: (image, masks, record).
 
     image: uint8 (S, S, 3); masks: float32 or bool (S, S). The window is up to `share` smaller on each axis on its own
-    and anywhere in the film. Boxes are moved and cut. Places in words stay those of the whole film, which a reader named.
+    and anywhere in the film. Boxes are moved and cut. Places in words stay those of the whole film.
     """
     size = len(image)
     height, width = (round(size * (1 - rng.uniform(0, share))) for _ in range(2))

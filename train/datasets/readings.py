@@ -19,14 +19,14 @@ LEAST_SUBTLETY = 3
 """Of JSRT nodules, 5 being obvious: those of 1 and 2 cannot be seen at 256 px."""
 
 _SIDE_WORDS = {
-    **{word: ("right",) for word in ("right", "rt", "r")},
-    **{word: ("left",) for word in ("left", "lt", "l")},
-    **{word: SIDES for word in ("bilateral", "bilaterally", "both")},
+    **dict.fromkeys(("right", "rt", "r"), ("right",)),
+    **dict.fromkeys(("left", "lt", "l"), ("left",)),
+    **dict.fromkeys(("bilateral", "bilaterally", "both"), SIDES),
 }
 _LEVEL_WORDS = {
-    **{word: "upper" for word in ("upper", "apical", "apex", "apice", "apices")},
-    **{word: "mid" for word in ("mid", "middle")},
-    **{word: "lower" for word in ("lower", "basal", "base", "bases")},
+    **dict.fromkeys(("upper", "apical", "apex", "apice", "apices"), "upper"),
+    **dict.fromkeys(("mid", "middle"), "mid"),
+    **dict.fromkeys(("lower", "basal", "base", "bases"), "lower"),
 }
 _LOBES = {"u": "upper", "m": "mid", "l": "lower"}
 _LOBE = re.compile(r"([rl])([uml])l$")
@@ -120,5 +120,3 @@ def read(record: Mapping[str, Any]) -> dict[str, Any]:
     if seen:
         described["finding_places"] = json.dumps({finding: list(places) for finding, places in seen.items()})
     return described
-
-

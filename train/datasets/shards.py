@@ -93,8 +93,8 @@ def encode(original: Original, domain: str, fit: Fit) -> dict[str, Any]:
             mask = read_picture(path, grey=True)
             if mask.shape != picture.shape[:2]:
                 raise InputError(
-                    f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {original.image} {frame.width_px} x "
-                    f"{frame.height_px}; expected the same"
+                    f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {original.image} "
+                    f"{frame.width_px} x {frame.height_px}; expected the same"
                 )
             covered |= mask > 0
         inside = frame.square(np.where(covered, np.uint8(255), np.uint8(0))) >= 128

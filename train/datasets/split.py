@@ -114,7 +114,9 @@ def open_split(domain: str, split: str, root: str | Path | None = None, extra_fo
     if split not in SPLITS:
         raise InputError(f"no split {split!r}; allowed are {SPLITS}")
     tables = [_read_shards(images_root(root) / folder, split) for folder in (domain, *extra_folders)]
-    opened = Split(domain, split, pa.concat_tables(tables, promote_options="permissive") if extra_folders else tables[0])
+    opened = Split(
+        domain, split, pa.concat_tables(tables, promote_options="permissive") if extra_folders else tables[0]
+    )
     if domain == "dermatology":
         forgotten = confirm_hair(opened.records, hair_lengths(opened, DERIVED))
         logger.info("%s %s: %d hair labels are not borne out by the picture", domain, split, forgotten)
@@ -127,8 +129,8 @@ def _read_shards(folder: Path, split: str) -> pa.Table:
     shards = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if not shards:
         raise InputError(
-            f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {folder.name}/, or build shards "
-            "from the publishers' folders with `python -m train prepare --help`"
+            f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {folder.name}/, or build "
+            "shards from the publishers' folders with `python -m train prepare --help`"
         )
     total = int(shards[0].stem.rsplit("-", 1)[1])
     missing = [

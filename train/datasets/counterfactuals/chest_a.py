@@ -291,7 +291,7 @@ def _cavity(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
     wall = rng.uniform(0.3, 0.5)
     outer = np.sqrt(np.clip(1 - distance**2, 0, 1))
     inner = np.sqrt(np.clip(1 - (distance / (1 - wall)) ** 2, 0, 1))
-    ring = cv2.GaussianBlur((outer - 0.95 * (1 - wall) * inner).astype(np.float32), (0, 0), 1.0 * scale)
+    ring = cv2.GaussianBlur((outer - rng.uniform(0.72, 0.95) * inner).astype(np.float32), (0, 0), 1.0 * scale)
     haze = smooth_step(distance * (1 + 0.15 * noise(size, rng)), 2.4, 0.9) * rng.uniform(0.05, 0.35)
     haze *= 1 - 0.8 * smooth_step(distance, 1 - wall + 0.1, 1 - wall - 0.25)
     return _laid(found, (ring / ring.max() + haze) * _lung(found, place), rng.uniform(45, 85), rng)
