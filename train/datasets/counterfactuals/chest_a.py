@@ -104,9 +104,13 @@ def _residual(donor: Film, box: dict) -> np.ndarray | None:
         plane[1] * (rows / height - 0.5) + plane[2] * (columns / width - 0.5)
     )
     radius = np.hypot((rows + 0.5) / height - 0.5, (columns + 0.5) / width - 0.5) * 2
-    residual = np.clip(blurred - level, 0, None) * smooth_step(radius, 1.02, 0.45) * np.clip(inside * 1.5, 0, 1)
+    feather = smooth_step(radius, 1.02, 0.45) * np.clip(inside * 1.5, 0, 1)
+    residual = np.clip(blurred - level, 0, None) * feather
     peak = float(np.percentile(residual, 97))
-    return None if peak < 10 else np.clip(residual / peak, 0, 1.2).astype(np.float32)
+    if peak < 10:
+        return None
+    # A part is even density: vessels and ribs that remain would read as rings and stripes.
+    return (0.6 * np.clip(residual / peak, 0, 1.2) + 0.4 * feather).astype(np.float32)
 
 
 def noise(size_px: int, rng: np.random.Generator) -> np.ndarray:
