@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -70,17 +71,17 @@ def split() -> Split:
 
 
 @pytest.fixture(scope="module", params=["a", "b"])
-def drawing(request: pytest.FixtureRequest, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def drawing(request: pytest.FixtureRequest, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     """Each family, with the split above as its training images and its lungs kept in a folder of the test."""
     patch = pytest.MonkeyPatch()
     place = tmp_path_factory.mktemp("derived")
     patch.chdir(place)
     patch.setattr("train.datasets.counterfactuals.chest_a.open_split", lambda domain, name: split)
-    request.addfinalizer(patch.undo)
     made = family("radiology", request.param)
     for attribute in made.attributes:
         made.eligible(split, attribute)
-    return made
+    yield made
+    patch.undo()
 
 
 def added(
@@ -100,9 +101,12 @@ def added(
 @pytest.mark.parametrize("attribute", list(PLACES))
 def test_pictures_differ_inside_the_mask_alone(drawing: Family, split: Split, attribute: str) -> None:
     for pair in added(drawing, split, attribute):
-        assert pair.image.shape == pair.without.shape == (SIZE, SIZE, 3) and pair.image.dtype == np.uint8
+        assert pair.image.shape == pair.without.shape == (SIZE, SIZE, 3)
+        assert pair.image.dtype == np.uint8
         assert np.array_equal(pair.image[pair.mask == 0], pair.without[pair.mask == 0])
-        assert pair.mask.dtype == np.float32 and 0 <= pair.mask.min() and pair.mask.max() == 1
+        assert pair.mask.dtype == np.float32
+        assert pair.mask.min() >= 0
+        assert pair.mask.max() == 1
         assert np.abs(pair.image.astype(int) - pair.without).max() >= 15
 
 
@@ -110,7 +114,8 @@ def test_pictures_differ_inside_the_mask_alone(drawing: Family, split: Split, at
 def test_an_opacity_is_where_it_was_asked_for_and_so_captioned(drawing: Family, split: Split, place: str) -> None:
     for pair in added(drawing, split, "opacity", place, 3):
         (box,) = json.loads(pair.record["boxes"])
-        assert pair.place == place and box_locations(box) == (place,)
+        assert pair.place == place
+        assert box_locations(box) == (place,)
         rise = (pair.image[..., 0].astype(float) - pair.without[..., 0]).clip(0)
         middle = (rise * np.arange(SIZE)).sum() / rise.sum()
         assert (middle < SIZE / 2) == place.startswith("right")
@@ -118,9 +123,8 @@ def test_an_opacity_is_where_it_was_asked_for_and_so_captioned(drawing: Family, 
         assert any(f"in the {place}" in caption for caption in captions)
         without = [RADIOLOGY.caption(pair.without_record, random.Random(k)) for k in range(30)]
         assert not any("zone" in caption or "opacity" in caption for caption in without)
-        assert (
-            RADIOLOGY.labels(pair.record)["opacity"] == 1.0 and RADIOLOGY.labels(pair.without_record)["opacity"] == 0.0
-        )
+        assert RADIOLOGY.labels(pair.record)["opacity"] == 1.0
+        assert RADIOLOGY.labels(pair.without_record)["opacity"] == 0.0
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -130,7 +134,8 @@ def test_an_effusion_hides_the_base_of_the_named_side(drawing: Family, split: Sp
         base, apex = (slice(175, 205), slice(40, 90))
         mine, other = (slice(60, 104), slice(152, 196)) if side == "right" else (slice(152, 196), slice(60, 104))
         assert rise[base, mine].mean() > 10
-        assert abs(rise[apex]).max() == 0 and abs(rise[:, other]).max() == 0
+        assert abs(rise[apex]).max() == 0
+        assert abs(rise[:, other]).max() == 0
         captions = {RADIOLOGY.caption(pair.record, random.Random(k)) for k in range(60)}
         assert any(f"effusion on the {side}" in caption for caption in captions)
         assert all(
@@ -151,7 +156,8 @@ def test_a_heart_widens_and_the_lungs_keep_their_outer_borders(drawing: Family, 
         assert heart_px(pair.image) >= heart_px(pair.without) + 10
         assert np.abs(pair.image[:200, :46].astype(int) - pair.without[:200, :46]).max() <= 12
         assert np.array_equal(pair.image[:60], pair.without[:60])
-        assert pair.place == "" and RADIOLOGY.labels(pair.record)["cardiomegaly"] == 1.0
+        assert pair.place == ""
+        assert RADIOLOGY.labels(pair.record)["cardiomegaly"] == 1.0
 
 
 def test_a_cavity_is_darker_inside_than_its_wall(drawing: Family, split: Split) -> None:
@@ -168,9 +174,9 @@ def test_new_words_are_said_with_their_place_and_read_back(drawing: Family, spli
     caption = next(c for k in range(60) if "zone" in (c := RADIOLOGY.caption(pair.record, random.Random(k))))
     assert f"{attribute} in the left upper zone" in caption
     parsed = RADIOLOGY.parse(caption)
-    assert (
-        parsed.values["location"] == ("left upper zone",) and parsed.unknown_words == () and attribute in parsed.words
-    )
+    assert parsed.values["location"] == ("left upper zone",)
+    assert parsed.unknown_words == ()
+    assert attribute in parsed.words
 
 
 def test_only_films_without_finding_of_the_family_s_patients_take_one(drawing: Family, split: Split) -> None:
@@ -184,7 +190,10 @@ def test_only_films_without_finding_of_the_family_s_patients_take_one(drawing: F
 def test_the_same_generator_draws_the_same(drawing: Family, split: Split) -> None:
     index = int(drawing.eligible(split, "opacity")[0])
     one, two = (drawing.add(split, index, "opacity", np.random.default_rng(5)) for _ in range(2))
-    assert one is not None and two is not None and np.array_equal(one.image, two.image) and one.record == two.record
+    assert one is not None
+    assert two is not None
+    assert np.array_equal(one.image, two.image)
+    assert one.record == two.record
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,9 @@ def test_the_lung_behind_the_heart_is_not_where_findings_are_laid() -> None:
     labels = np.where(np.arange(128)[None, :] < 64, small, small * 2).astype(np.uint8)
     found = film(np.repeat(grey[..., None], 3, 2), labels)
     assert found is not None
-    assert found.outline["left"][165, 150] and not found.aerated["left"][165, 150] and found.aerated["left"][165, 190]
+    assert found.outline["left"][165, 150]
+    assert not found.aerated["left"][165, 150]
+    assert found.aerated["left"][165, 190]
 
 
 def test_a_mask_with_a_limb_or_at_the_edge_is_no_lung() -> None:
@@ -215,4 +226,5 @@ def test_a_mask_with_a_limb_or_at_the_edge_is_no_lung() -> None:
     limb[60:66, 100:126] = 2
     edge = labels.copy()
     edge[60:66, 100:] = 2
-    assert not plausible(limb) and not plausible(edge)
+    assert not plausible(limb)
+    assert not plausible(edge)

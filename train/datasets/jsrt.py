@@ -50,7 +50,7 @@ def read_originals(folder: Path, allow_missing: bool = False) -> list[Original]:
     return complete(originals, allow_missing)
 
 
-def _common(age: str, sex: str) -> dict[str, Any]:
+def _patient(age: str, sex: str) -> dict[str, Any]:
     return {"source": JSRT, "view": "PA", "age": age_years(age), "sex": SEXES.get(sex.lower())}
 
 
@@ -65,10 +65,10 @@ def _nodule(cells: list[str]) -> tuple[dict[str, Any], tuple[dict[str, Any], ...
         "h": side,
     }
     report = f"{kind} nodule, {size} mm, {position}; subtlety {int(subtlety)}"
-    return {**_common(age, sex), "findings": ["nodule"], "report": report}, (box,)
+    return {**_patient(age, sex), "findings": ["nodule"], "report": report}, (box,)
 
 
 def _empty(cells: list[str]) -> dict[str, Any]:
     sex = next((cell for cell in cells[1:] if cell.lower() in SEXES), "")
     age = next((cell for cell in cells[1:] if cell.isdigit()), "")
-    return {**_common(age, sex), "findings": ["no finding"], "report": None}
+    return {**_patient(age, sex), "findings": ["no finding"], "report": None}
