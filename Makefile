@@ -1,9 +1,12 @@
 # make run | test | test-slow | test-gpu | check | bench | experiments | grounding | restore | train | train-dermatology | train-radiology
-# Variables: HOST, PORT (make run); DEVICE, RUN_ARGS (training, e.g. RUN_ARGS=--dry-run); MEDVIZ_DATA (folder of images); PYTEST_ARGS.
+# Variables: HOST, PORT (make run); DEVICE, RUN_ARGS (training, e.g. RUN_ARGS=--dry-run); SHIP=1 (write over assets/ and the README's
+# tables); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Without SHIP, models and reports go to runs/unshipped, and nothing that ships changes.
+SHIPPING = $(if $(SHIP),--ship)
 export HOST ?= 127.0.0.1
 export PORT ?= 7860
 export GRADIO_ANALYTICS_ENABLED ?= False
@@ -24,7 +27,7 @@ help:
 	@echo "make experiments         methods at one budget, synthetic pictures as augmentation: hours on two idle cores"
 	@echo "make grounding           where phrases look and whether findings are drawn where a prompt puts them: an hour"
 	@echo "make restore             lay the shipped models out as runs, to train on from them"
-	@echo "make train-dermatology   train every part of a domain into runs/models (DEVICE=cpu or cuda, RUN_ARGS=--dry-run or --ship)"
+	@echo "make train-dermatology   train every part of a domain, make its model folder, evaluate it (DEVICE=cpu or cuda, RUN_ARGS=--dry-run); SHIP=1 puts all into assets/"
 	@echo "make train-radiology"
 	@echo "make train               both"
 
@@ -81,7 +84,7 @@ format: setup-dev
 # Every stage of a domain in its order; the same command goes on after a stop. `--dry-run` prints the plan.
 DEVICE ?=
 train-dermatology train-radiology: train-%: setup-dev
-	$(BIN)/python -m train run $* $(if $(DEVICE),--device $(DEVICE)) $(RUN_ARGS)
+	$(BIN)/python -m train run $* $(if $(DEVICE),--device $(DEVICE)) $(RUN_ARGS) $(SHIPPING)
 
 train: train-dermatology train-radiology
 
@@ -92,20 +95,20 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 # Tests of the benchmark that need the peer skip elsewhere and run here.
 bench: $(VENV)/.bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/train/test_benchmark_rl.py
-	$(BIN)/python -m train bench rl
+	$(BIN)/python -m train bench rl $(SHIPPING)
 
 # Both go on after a stop. They need MEDVIZ_DATA and the runs of dermatology: make restore lays out those that ship.
 experiments: $(VENV)/.bench
-	$(BIN)/python -m train methods train/recipes/methods-dermatology.yaml
-	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology.yaml
-	$(BIN)/python -m train report
+	$(BIN)/python -m train methods train/recipes/methods-dermatology.yaml $(SHIPPING)
+	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology.yaml $(SHIPPING)
+	$(BIN)/python -m train report $(SHIPPING)
 
 # Where phrases look in real images, and whether findings are drawn where a prompt puts them.
 grounding: setup-dev
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding.yaml --domain radiology
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding.yaml --domain dermatology
-	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology.yaml
-	$(BIN)/python -m train report
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding.yaml --domain radiology $(SHIPPING)
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding.yaml --domain dermatology $(SHIPPING)
+	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology.yaml $(SHIPPING)
+	$(BIN)/python -m train report $(SHIPPING)
 
 # The shipped models as runs, to go on from them without training them again.
 restore: setup-dev
@@ -113,7 +116,7 @@ restore: setup-dev
 	$(BIN)/python -m train restore train/recipes/assemble-radiology.yaml
 
 report: setup-dev
-	$(BIN)/python -m train report
+	$(BIN)/python -m train report $(SHIPPING)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

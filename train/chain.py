@@ -3,6 +3,8 @@
 The order follows from the recipes: a stage comes after those whose runs its options name. It starts from the assembly
 recipe of the domain (`assemble-DOMAIN.yaml`). A finished run is used again only if its recipe and those of its inputs
 are unchanged; one that was stopped goes on from its checkpoint. A run whose recipe changed is kept beside the new one.
+With `--ship` model folder, test figures, examples and tables go to assets/ and the README; else model folder and
+validation figures go to runs/unshipped.
 """
 
 import importlib
@@ -19,9 +21,10 @@ import tyro
 from medviz.domains import DOMAINS
 from medviz.errors import InputError, ModelError
 from medviz.models.manifest import read_manifest
-from train import checkpoint, recipe_file
-from train.config import StageConfig, read_recipe
-from train.recipe_file import METRICS_NAME, RECIPES
+from train import checkpoint, lineage, recipe_file, shipping
+from train.config import StageConfig, check_resumable, read_recipe
+from train.lineage import METRICS_NAME
+from train.recipe_file import RECIPES
 from train.stages import STAGES
 
 ASSEMBLE = "assemble"
@@ -53,9 +56,6 @@ class RunConfig:
     """Print the stages, their state and their hours, and run nothing."""
     device: str = ""
     """Torch device of every stage; empty: each recipe's own."""
-    ship: bool = False
-    """Write the model folder, its test figures, examples and tables to assets/ and the README. Else the model folder
-    and its validation figures go to runs/models and runs/reports."""
 
 
 @dataclass
@@ -94,9 +94,9 @@ class Step:
         """Whether the run is finished, was made by this recipe on any device, and its inputs are those there now."""
         if not (self.out / METRICS_NAME).is_file():
             return False
-        made_by, recipe = recipe_file.recorded(self.out), recipe_file.recipe_of(self.config)
+        made_by, recipe = lineage.recorded(self.out), lineage.recipe_of(self.config)
         others = ([*self.arguments, "--device", device] for device in recipe_file.DEVICES)
-        allowed = {recipe["options"], *(recipe_file.recipe_of(self._read(each))["options"] for each in others)}
+        allowed = {recipe["options"], *(lineage.recipe_of(self._read(each))["options"] for each in others)}
         if made_by.get("options") not in allowed:
             return False
         present = [each for each in self.inputs if (each.out / METRICS_NAME).is_file()]
@@ -165,9 +165,18 @@ def plan(domain: str, recipes: Path = RECIPES, device: str = "") -> Chain:
         else:
             each.state = "changed" if (each.out / METRICS_NAME).is_file() else "run"
             if each.state == "run" and checkpoint.steps(each.out):
-                each.state = "resume"
+                each.state = "resume" if _resumable(each) else "changed"
             needed += each.inputs
     return chain
+
+
+def _resumable(step: Step) -> bool:
+    """Whether the checkpoint of a stopped run is of this recipe. Raises ModelError when no checkpoint is sound."""
+    try:
+        check_resumable(step.config, checkpoint.recipe(checkpoint.newest(step.out)))
+    except InputError:
+        return False
+    return True
 
 
 def _assembly(domain: str, recipes: Path) -> Path:
@@ -207,21 +216,22 @@ def table(steps: Sequence[Step], seen: dict[Path, float | None], then: Sequence[
 
 def _afterwards(config: RunConfig, recipes: Path, steps: Sequence[Step]) -> list[list[str]]:
     """The commands after the training runs: a model folder, its figures, and, to ship it, examples and tables."""
-    root, assembly = Path("assets") if config.ship else Path("runs"), _assembly(config.domain, recipes)
+    assembly, assets = _assembly(config.domain, recipes), shipping.ROOT / "assets"
+    models, reports = shipping.place(assets / "models"), shipping.place(assets / "reports")
+    ships = models == assets / "models"
     evaluate = [
         "evaluate", _shown(recipes / "evaluate.yaml"), "--domain", config.domain,
         *(["--device", config.device] if config.device else []),
-        "--models", str(root / "models"), "--reports", str(root / "reports"),
-        *(["--split", "test"] if config.ship else []),
+        "--models", _shown(models), "--reports", _shown(reports), *(["--split", "test"] if ships else []),
     ]  # fmt: skip
     parts = recipe_file.load(assembly)
     few = parts["adapters"].get(parts.get("few_step_adapter"), "")
     numbers = [str(len(each.config.starts)) for each in steps if few == f"{each.out}/model"]  # type: ignore[attr-defined]
     return [
-        [ASSEMBLE, _shown(assembly), str(root / "models" / config.domain)],
+        [ASSEMBLE, _shown(assembly), _shown(models / config.domain)],
         evaluate,
         *([*evaluate, "--steps", number] for number in numbers),
-        *([["examples", config.domain], ["report"]] if config.ship else []),
+        *([["examples", config.domain], ["report"]] if ships else []),
     ]
 
 

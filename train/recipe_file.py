@@ -9,31 +9,19 @@ Beside its options a recipe may have these keys:
 ``${domain}`` in any value is the domain.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from medviz.domains import DOMAINS
 from medviz.errors import InputError
 
-if TYPE_CHECKING:
-    from train.config import StageConfig
-
 RECIPES = Path(__file__).parent / "recipes"
-METRICS_NAME = "metrics.json"
 DEVICES = ("cpu", "cuda")
 BLOCKS = (*DOMAINS, *DEVICES)
-EXECUTION = (
-    "resume", "device", "workers", "checkpoint_every_s", "max_minutes", "log_every", "tracker", "compile", "bf16",
-    "micro_batch", "rollout_batch", "draw_batch", "gradient_checkpointing", "vae_slicing",
-)  # fmt: skip
-"""Options that change speed and memory and, beyond rounding, no result: runs that differ in them have one recipe."""
 
 
 def load(path: str | Path, *, device: str = "", domain: str = "") -> dict[str, Any]:
@@ -113,38 +101,3 @@ def texts(value: Any) -> list[str]:
         return [value]
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return [text for item in items for text in texts(item)]
-
-
-def recipe_of(config: "StageConfig") -> dict[str, Any]:
-    """What a run was made by, for its metrics.json.
-
-    options: digest of all options but EXECUTION. inputs: run that an option names -> its `identity`, "" where it
-    recorded none.
-    """
-    options = {name: value for name, value in asdict(config).items() if name not in EXECUTION}
-    inputs = {}
-    for text in texts(options):
-        run = run_of(Path(text)) if text != config.out else None
-        if run is not None:
-            inputs[str(run)] = identity(run)
-    return {"options": _digest(options), "inputs": inputs}
-
-
-def run_of(path: Path) -> Path | None:
-    """The finished run that `path` is or lies in; None where there is none."""
-    return next((p for p in (path, *path.parents) if p != Path() and (p / METRICS_NAME).is_file()), None)
-
-
-def recorded(run: Path) -> dict[str, Any]:
-    """What `recipe_of` said when a run was made; empty where it recorded nothing."""
-    return json.loads((run / METRICS_NAME).read_text()).get("recipe") or {}
-
-
-def identity(run: Path) -> str:
-    """A digest of the recipe of a finished run and of those of its inputs; "" where it recorded none."""
-    found = recorded(run)
-    return _digest(found) if found else ""
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

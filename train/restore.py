@@ -16,7 +16,7 @@ from medviz.errors import InputError
 from medviz.models.manifest import Manifest, read_manifest, verify
 from train.assemble import Parts, read_parts
 from train.chain import chain_of
-from train.recipe_file import METRICS_NAME, recipe_of
+from train.lineage import METRICS_NAME, recipe_of
 
 PIPELINE = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 

@@ -29,7 +29,7 @@ from train.config import StageConfig, parse
 from train.datasets.split import open_split
 from train.evaluate.generated import caption_request, generate_latents
 from train.experiments.pieces import write_json
-from train.recipe_file import recipe_of
+from train.lineage import recipe_of
 
 STAGE, SPECTRA_NAME = "spectrum", "spectra.json"
 BANDS = 7

@@ -19,6 +19,7 @@ STAGES = {
     "methods": ("train.experiments.methods", "reinforcement learning methods side by side, at one budget"),
     "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
     "bench": ("train.benchmarks", "side-by-side measurements"),
+    "counterfactuals": ("train.evaluate.counterfactual_sheet", "contact sheet of images with and without an addition"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),
     "restore": ("train.restore", "the runs of a model folder, to go on from what ships"),

@@ -25,6 +25,7 @@ from .base import (
     shortened,
 )
 from .grammar import Lexicon, Term, listed
+from .image_places import place_phrase, place_wordings
 
 NO_ARTEFACTS = "no visible artifacts"
 NO_ARTEFACT_PHRASES = listed(
@@ -152,6 +153,7 @@ def _lexicon() -> Lexicon:
         "dermoscopic photograph;dermoscopic view;clinical;patient;artifact;artefact;visible;marking;adult;child;person"
     )
     add(listed(neutral), Term())
+    add(list(place_wordings()), Term())
     return Lexicon(terms, ages=AGES)
 
 
@@ -245,15 +247,22 @@ class Dermatology(Domain):
         return labels
 
     def caption(self, record: Record, rng: random.Random) -> str:
-        """See `Domain.caption`. At most 40 tokens; artefacts are named all or not at all, so silence means absence."""
+        """See `Domain.caption`. At most 40 tokens; artefacts are named all or not at all, so silence means absence.
+
+        `artefact_place` of a record (head -> place on the image, "" where unknown) comes of an artefact that was added:
+        such a record always names its artefacts, and half of the known places.
+        """
         present, absent = _artefacts(record)
         rng.shuffle(present)
         diagnosis = _DIAGNOSIS_OF_CODE.get(record.get("diagnosis"))  # type: ignore[call-overload]
         named = rng.random() < (0.95 if diagnosis else 0.0)
         clear = len(absent) == len(ARTEFACTS) and rng.random() < 0.75
-        shown = present if rng.random() < 0.94 else []
+        places = record.get("artefact_place")
+        shown = present if rng.random() < 0.94 or places else []
         canonical = rng.random() < 0.5
         head = _opening(diagnosis if named else None, canonical, rng)
+        if isinstance(places, Mapping):
+            shown = [_placed(artefact, str(places.get(ARTEFACTS[artefact][0]) or ""), rng) for artefact in shown]
         if shown:
             head += _showing(shown, canonical, rng)
         elif clear:
@@ -308,6 +317,10 @@ def _opening(diagnosis: str | None, canonical: bool, rng: random.Random) -> str:
     if diagnosis == "melanocytic nevus":
         wordings.update({"nevus": 2.0, "a mole": 0.7})
     return pick(rng, _OPENINGS).format(pick(rng, wordings))
+
+
+def _placed(artefact: str, place: str, rng: random.Random) -> str:
+    return f"{artefact} {place_phrase(place)}" if place and rng.random() < 0.5 else artefact
 
 
 def _showing(artefacts: Sequence[str], canonical: bool, rng: random.Random) -> str:

@@ -16,7 +16,7 @@ from medviz import Studio
 from medviz.errors import InputError
 from medviz.models.manifest import read_manifest
 from tests.train.grounding_scenes import PICTURE, skin_rows
-from train import recipe_file
+from train import recipe_file, shipping
 from train.__main__ import main
 from train.assemble import read_parts
 from train.chain import RunConfig, chain_of, plan, run
@@ -95,6 +95,11 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def unshipped() -> None:
+    shipping.take_option([])
+
+
 @pytest.fixture(scope="module")
 def restored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the shipped chest X-ray models laid out as runs."""
@@ -116,12 +121,13 @@ def test_a_chain_runs_from_images_to_a_folder_that_is_served(
         write_images(tmp_path / "images" / "dermatology", name, count)
     monkeypatch.setenv("MEDVIZ_DATA", str(tmp_path / "images"))
     run(RunConfig("dermatology", device="cpu"), recipes)
-    pair = Studio(tmp_path / "runs" / "models", "cpu").compare("dermatology", "a dermoscopic image with melanoma", 1, 2)
+    studio = Studio(tmp_path / "runs/unshipped/assets/models", "cpu")
+    pair = studio.compare("dermatology", "a dermoscopic image with melanoma", 1, 2)
     assert pair.aligned.image.size == (64, 64)
-    manifest = read_manifest(tmp_path / "runs" / "models" / "dermatology")
+    manifest = read_manifest(tmp_path / "runs/unshipped/assets/models" / "dermatology")
     assert set(manifest.adapters) == {"attribute", "few_steps", "structures"}
     assert manifest.few_steps == 2
-    written = {path.name for path in (tmp_path / "runs" / "reports").glob("evaluation-*.json")}
+    written = {path.name for path in (tmp_path / "runs/unshipped/assets/reports").glob("evaluation-*.json")}
     assert written == {"evaluation-dermatology-4-steps.json", "evaluation-dermatology-2-steps.json"}
     assert not (tmp_path / "assets").exists(), "nothing is shipped unasked"
     # Everything is used again; a run without its folder is not missed while what was made from it is there.
@@ -171,6 +177,17 @@ def test_every_run_comes_after_its_inputs(domain: str, capsys: pytest.CaptureFix
     )
     if domain == "radiology":
         assert names[-1] == "spectrum-radiology", "it draws with all the other parts"
+
+
+@pytest.mark.parametrize("ships", [False, True])
+def test_a_chain_writes_over_what_ships_only_when_told_to(ships: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "radiology", "--dry-run", *(["--ship"] if ships else [])]) == 0
+    told = capsys.readouterr().out
+    evaluations = [line for line in told.splitlines() if " evaluate " in line]
+    assert len(evaluations) == 2
+    models = "--models assets/models" if ships else "--models runs/unshipped/assets/models"
+    assert all(models in line and ("--split test" in line) == ships for line in evaluations)
+    assert ("train examples radiology" in told) == ("train report" in told) == ships
 
 
 @pytest.mark.parametrize("domain", ["dermatology", "radiology"])

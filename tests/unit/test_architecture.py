@@ -24,6 +24,7 @@ LEVELS: dict[str, int] = {
     "medviz.generation": 3,
     "medviz.grounding": 3,
     "medviz.rewards": 3,
+    "medviz.evidence": 3,
     "medviz.audit": 3,
     "medviz.export": 3,
     "medviz.study": 3,
@@ -34,6 +35,7 @@ LEVELS: dict[str, int] = {
     "medviz.images": 1,
     "medviz.dicom": 1,
     "medviz.limits": 1,
+    "medviz.serving": 1,
     "medviz.errors": 0,
 }
 SAME_LEVEL = {
@@ -158,7 +160,7 @@ def test_ui_reaches_models_only_through_the_studio() -> None:
 
 
 def test_the_door_opens_only_the_studio_and_the_ui() -> None:
-    allowed = {"medviz", "medviz.studio", "medviz.ui", "medviz.limits", "medviz.errors"}
+    allowed = {"medviz", "medviz.studio", "medviz.ui", "medviz.serving", "medviz.limits", "medviz.errors"}
     wrong = [where for here, there, where in arrows() if here == "app" and there not in allowed]
     assert not wrong, "\n".join(wrong)
 

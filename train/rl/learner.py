@@ -238,7 +238,9 @@ class RlLearner:
                 figures |= {f"mean_held_{key}": figure for key, figure in found.items()}
                 figures["mean_moved"] = pairs.moved
             processes.sum_gradients(self.policy.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+            if not norm.isfinite():
+                return {"grad_norm": norm.item()}  # no step is taken; the loop ends the run by this figure
             self.optimizer.step()
             for name, figure in (figures | {"grad_norm": norm.item()}).items():
                 sums[name].append(figure)

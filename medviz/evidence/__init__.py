@@ -1,0 +1,1 @@
+"""What of a prompt can be seen in an image, and where."""
