@@ -5,6 +5,7 @@ Every check returns the value in its canonical type, or raises InputError with t
 
 import math
 import operator
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ MIN_IMAGE_SIDE_PX = 32
 MAX_QUEUE = 16  # requests waiting for the one model
 MAX_REQUEST_S = 120
 
+_LINE_BREAKS = re.compile(r"[ \t]*(?:\r\n|\r|\n)[ \t]*")  # read as a space: a prompt may be typed on several lines
 # Letters that reorder or hide what stands around them: a prompt would read differently from what is drawn.
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -33,7 +35,7 @@ def _shown(value: object) -> str:
 def _check_text(value: object, what: str, max_chars: int) -> str:
     if not isinstance(value, str):
         raise InputError(f"the {what} must be text, got {_shown(value)} ({type(value).__name__})")
-    text = value.strip()
+    text = _LINE_BREAKS.sub(" ", value).strip()
     if not text:
         raise InputError(f"the {what} is empty; write at least one word")
     if len(text) > max_chars:
@@ -67,7 +69,7 @@ def _check_integer(value: object, what: str, low: int, high: int) -> int:
 
 
 def check_prompt(prompt: object) -> str:
-    """Return the prompt without surrounding blanks; InputError if empty, too long or holding control characters."""
+    """Return the prompt on one line without surrounding blanks; InputError if empty, too long or with controls."""
     return _check_text(prompt, "prompt", MAX_PROMPT_CHARS)
 
 
