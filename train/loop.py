@@ -103,11 +103,26 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
                 return None
     if not main:
         return None
+    return _exported(learner, config, config.steps, elapsed())
+
+
+def export_newest(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
+    """Export what the newest checkpoint in `config.out` holds; returns its metrics, None beside the main process.
+
+    The run may be going on meanwhile: its checkpoints are only read. Raises ModelError as `checkpoint.load`.
+    """
+    step, state = checkpoint.load(Path(config.out))
+    learner.load_state(state)
+    return _exported(learner, config, step, state["trained_s"]) if processes.is_main() else None
+
+
+def _exported(learner: Learner, config: StageConfig, steps: int, trained_s: float) -> dict[str, Any]:
+    out = Path(config.out)
     metrics = {
         **learner.export(out / "model"),
-        "steps": config.steps,
+        "steps": steps,
         "seed": config.seed,
-        "trained_s": round(elapsed(), 1),
+        "trained_s": round(trained_s, 1),
     }
     writing = out / ".metrics.json.writing"
     writing.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
