@@ -47,6 +47,7 @@ from train.datasets.split import Split, open_split
 from train.datasets.weights import named_shares, sample_weights
 from train.growth import grown
 from train.loop import export_newest, fit
+from train.pipeline_configs import drop_unknown_options, load_in_fp32
 from train.power_average import PowerAverage
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
@@ -71,6 +72,8 @@ class DiffusionConfig(StageConfig):
     """Options of the diffusion stage."""
 
     domain: str = "dermatology"
+    extra_folders: tuple[str, ...] = ()
+    """Folders of training images beside the domain's own, with the same columns, e.g. radiology-nlm-jsrt."""
     autoencoder: str = "runs/autoencoder-cpu/model"
     contrastive: str = "runs/contrastive-dermatology-cpu/model"
     """Folder with tokenizer/ and text_encoder/: a contrastive stage's, or a pipeline's to go on from."""
@@ -569,7 +572,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     schedule: DDPMScheduler,
 ) -> None:
-    """Write the parts as the folder `StableDiffusionPipeline.from_pretrained` loads, weights in bf16 shards."""
+    """Write the parts as the folder `StableDiffusionPipeline.from_pretrained` loads in fp32, weights in bf16 shards."""
     # the cosine schedule's last log-SNR overflows a solver in fp32; diffusers' documented clip for it is -5.1
     clip = {"lambda_min_clipped": -5.1} if schedule.config.beta_schedule == "squaredcos_cap_v2" else {}
     scheduler = DPMSolverMultistepScheduler.from_config(
@@ -586,13 +589,19 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    load_in_fp32(folder / "text_encoder")
+    drop_unknown_options(folder / "vae")
 
 
 def main(arguments: list[str]) -> None:
     """`python -m train diffusion RECIPE [overrides]`."""
     config = parse(arguments, DiffusionConfig)
     processes.join(config.device)
-    learner = DiffusionLearner(config, open_split(config.domain, "train"), open_split(config.domain, "validation"))
+    learner = DiffusionLearner(
+        config,
+        open_split(config.domain, "train", extra_folders=config.extra_folders),
+        open_split(config.domain, "validation"),
+    )
     if config.export_only:
         export_newest(learner, config)
     else:
