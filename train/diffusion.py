@@ -42,7 +42,7 @@ from train.compiling import compiled_forward
 from train.config import StageConfig, parse
 from train.datasets.counterfactuals import Family, family
 from train.datasets.counterfactuals.pairs import CounterfactualPairs, Pair
-from train.datasets.latents import encode, split_latents, to_pixels
+from train.datasets.latents import encoder, split_latents, to_pixels
 from train.datasets.split import Split, open_split
 from train.datasets.weights import named_shares, sample_weights
 from train.growth import grown
@@ -341,7 +341,7 @@ class DiffusionLearner:
         if not config.counterfactuals:
             return None
         # batches are made by workers, which touch no graphics card
-        self.encoder = copy.deepcopy(self.vae).to("cpu")
+        self.encode = encoder(copy.deepcopy(self.vae).to("cpu"))
         return CounterfactualPairs(
             self.train,
             drawn or family(config.domain, config.family),
@@ -429,7 +429,7 @@ class DiffusionLearner:
         """
         pair = pairs.draw(sample)
         with torch.inference_mode():
-            latents = encode(self.encoder, to_pixels(pair.images)).half()
+            latents = self.encode(to_pixels(pair.images)).half()
         # the greatest value of a cell: a thin line is all that matters in the cells that it crosses
         masks = functional.adaptive_max_pool2d(torch.from_numpy(pair.masks), latents.shape[-2:])
         rng = random.Random(seeding.key(self.config.seed, "caption", sample))

@@ -16,7 +16,7 @@ from train.datasets.split import Split
 
 IMAGES_TRIED = 100
 """How many images are tried for a pair before that is an error."""
-PLACES_TRIED = 4
+PLACES_TRIED = 8
 """How often an addition is drawn anew for a twin that shows it at another place."""
 WORDINGS = 8
 """Wordings of a caption that are tried or compared."""
