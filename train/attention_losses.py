@@ -39,6 +39,23 @@ def location_loss(maps: torch.Tensor, region: torch.Tensor, alpha: float, eps: f
     return (1.0 - functional.cosine_similarity(mean.flatten(-2), target.flatten(-2), dim=-1)).mean()
 
 
+def token_mask_loss(probs: torch.Tensor, words: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Share, squared, of some tokens' attention that falls outside their mask: (B,) in [0, 1].
+
+    L_token of TokenCompose (Wang et al. 2023, arXiv 2312.03626, equation 4), on the mean map of the tokens. probs
+    (B, h, w, L): attention to all tokens. words (B, L): 1 at the tokens that count. masks (B, H, W) in [0, 1], brought
+    to the maps' grid by the greatest value of each cell. Raises InputError for shapes that do not agree.
+    """
+    if probs.shape[0] != masks.shape[0] or (probs.shape[0], probs.shape[-1]) != tuple(words.shape):
+        raise InputError(
+            f"maps, words and masks must agree, found {tuple(probs.shape)}, {tuple(words.shape)}, {tuple(masks.shape)}"
+        )
+    maps = torch.einsum("bhwl,bl->bhw", probs, words)
+    inside = functional.adaptive_max_pool2d(masks[:, None], maps.shape[-2:])[:, 0]
+    share = (maps * inside).sum(dim=(1, 2)) / maps.sum(dim=(1, 2)).clamp_min(1e-12)
+    return (1.0 - share).square()
+
+
 def _check(maps: torch.Tensor) -> None:
     if maps.ndim < 3 or min(maps.shape) < 1:
         raise InputError(f"attention maps must be (..., S, h, w) and hold something, found {tuple(maps.shape)}")

@@ -74,7 +74,7 @@ C = TypeVar("C", bound=StageConfig)
 logger = logging.getLogger(__name__)
 _PROGRAM = "python -m train STAGE RECIPE"
 
-_OF_ONE_START = frozenset({"resume"})
+_OF_ONE_START = frozenset({"resume", "export_only"})
 """Options that are no part of the run."""
 CHANGEABLE = frozenset(
     {

@@ -17,7 +17,9 @@ def recipe_of(config: StageConfig) -> dict[str, Any]:
     options: digest of all options but those of speed, memory and place (`CHANGEABLE`). inputs: finished run that an
     option names -> its `identity`, "" where it recorded none.
     """
-    kept = {name: value for name, value in options(config).items() if name not in CHANGEABLE | {"resume"}}
+    kept = {
+        name: value for name, value in options(config).items() if name not in CHANGEABLE | {"resume", "export_only"}
+    }
     inputs = {}
     for text in texts(options(config)):
         run = run_of(Path(text)) if text != config.out else None

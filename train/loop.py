@@ -113,17 +113,34 @@ def fit(learner: Learner, config: StageConfig, tracker: Tracker | None = None) -
                 return None
     if not main:
         return None
+    return _exported(learner, config, config.steps, elapsed(), recipe)
+
+
+def export_newest(learner: Learner, config: StageConfig) -> dict[str, Any] | None:
+    """Export what the newest checkpoint in `config.out` holds; returns its metrics, None beside the main process.
+
+    The run may be going on meanwhile: its checkpoints are only read. Raises ModelError and InputError as `fit`.
+    """
+    step, state = _resumed(config)
+    learner.load_state(state)
+    return _exported(learner, config, step, state["trained_s"], recipe_of(config)) if processes.is_main() else None
+
+
+def _exported(
+    learner: Learner, config: StageConfig, steps: int, trained_s: float, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    out = Path(config.out)
     with _told_of_the_disk(out):
         metrics = {
             **learner.export(out / "model"),
-            "steps": config.steps,
+            "steps": steps,
             "seed": config.seed,
-            "trained_s": round(elapsed(), 1),
+            "trained_s": round(trained_s, 1),
             "recipe": recipe,
         }
         unknown = [name for name, value in _leaves(metrics) if isinstance(value, float) and not math.isfinite(value)]
         if unknown:
-            raise _not_finite(config, config.steps, f"{', '.join(unknown)} of the final figures is not finite")
+            raise _not_finite(config, steps, f"{', '.join(unknown)} of the final figures is not finite")
         _replace(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 

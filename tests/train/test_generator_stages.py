@@ -19,7 +19,7 @@ from tests.train.test_rl_processes import ended, started
 from train import checkpoint, seeding
 from train.autoencoder import AutoencoderConfig, AutoencoderLearner, principal_components, write_encoder
 from train.contrastive import ContrastiveConfig, ContrastiveLearner, soft_contrastive_loss
-from train.datasets.latents import cropped, split_latents, to_pixels
+from train.datasets.latents import cropped, encode, encoder, split_latents, to_pixels
 from train.datasets.split import Split
 from train.datasets.weights import sample_weights
 from train.diffusion import (
@@ -223,6 +223,18 @@ def test_encoder_computes_principal_components_exactly() -> None:
     expected = (blocks @ components.basis.flatten(1).T * gain).transpose(1, 2).reshape(latents.shape)
     assert torch.allclose(latents, expected, atol=1e-4)
     assert torch.allclose(latents[:, 0].std(), torch.tensor(0.6), atol=0.02)
+
+
+def test_an_encoder_that_is_one_convolution_is_applied_as_one_and_others_as_they_are(stages) -> None:
+    root, train, *_ = stages
+    vae = AutoencoderTiny.from_pretrained(root / "autoencoder/model").eval()
+    pixels = to_pixels(train.images(32))
+    with torch.inference_mode():
+        expected, fast = encode(vae, pixels), encoder(vae)
+        vae.encoder.layers[0].weight.mul_(0)  # what was taken of it does not change
+        assert torch.allclose(fast(pixels), expected, atol=1e-4)
+        vae.encoder.layers[0].weight.normal_(generator=torch.Generator().manual_seed(1))
+        assert torch.equal(encoder(vae)(pixels), encode(vae, pixels))  # reads beyond its block
 
 
 def test_latent_cache_outlives_a_better_decoder_but_not_another_encoder(stages, tmp_path) -> None:

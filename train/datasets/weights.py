@@ -17,7 +17,7 @@ def sample_weights(
     label_shares: then raked until each named label has its share of what is drawn. Raises InputError for shares that
     do not read NAME=SHARE, of labels that no image or every image has, or outside (0, 1).
     """
-    weights = source_weights(split, _shares("source_shares", shares))
+    weights = source_weights(split, named_shares("source_shares", shares))
     domain = get_domain(split.domain)
     present = [[head for head, value in domain.labels(record).items() if value >= 0.5] for record in split.records]
     counts: dict[str, int] = {}
@@ -26,7 +26,7 @@ def sample_weights(
             counts[head] = counts.get(head, 0) + 1
     rarest = np.array([min((counts[h] for h in heads), default=len(split)) for heads in present])
     weights = weights * (rarest / len(split)) ** -rarity_power
-    wanted = _shares("label_shares", label_shares)
+    wanted = named_shares("label_shares", label_shares)
     for label, share in wanted.items():
         if not 0 < share < 1 or not 0 < counts.get(label, 0) < len(split):
             raise InputError(f"label_shares cannot give {label!r} {share}: {counts.get(label, 0)} images have it")
@@ -38,7 +38,8 @@ def sample_weights(
     return weights
 
 
-def _shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
+def named_shares(option: str, texts: tuple[str, ...]) -> dict[str, float]:
+    """NAME=SHARE as numbers by name. Raises InputError, naming the option, for texts that do not read so."""
     try:
         return {name: float(share) for name, share in (text.rsplit("=", 1) for text in texts)}
     except ValueError as error:
