@@ -1,7 +1,7 @@
 """What the studio is asked and what it hands back: typed, frozen, readable without any model in memory."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -99,6 +99,8 @@ class Pair:
 
     adapter: the adapter's resolved name, None when the baseline stands on both sides. guidance_scale as used.
     models: what drew and judged, per role. words: content words of the prompt that attention was kept for.
+    sampling: device, number format and steps of the drawing. versions: of Python and the libraries that drew. Both are
+    empty for a stored pair that was written without them.
     """
 
     domain: str
@@ -115,11 +117,18 @@ class Pair:
     warnings: tuple[str, ...]
     timings_s: Mapping[str, float]
     look_up: Callable[[str], WordAttention] = field(repr=False, compare=False)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def outlines(self) -> dict[str, Mapping[str, Mask]]:
         """Region masks of both images: {"baseline": {region: bool (H, W)}, "aligned": {...}}."""
         return {"baseline": self.baseline.outlines, "aligned": self.aligned.outlines}
+
+    @property
+    def request(self) -> Request:
+        """What was asked, with everything that was left to a default filled in."""
+        return Request(**{each.name: getattr(self, each.name) for each in fields(Request)})
 
     def attention(self, word: str) -> WordAttention:
         """Return where a word or phrase of the prompt looked; InputError when the prompt does not hold it."""
