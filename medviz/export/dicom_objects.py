@@ -125,8 +125,9 @@ class _Study:
         )
         if imaging.orientation is None:
             image.PatientOrientation = None
+        self._name_body_part(image)
         image.ConversionType = "SYN"
-        image.StudyDescription = f"SYNTHETIC {pair_title(self.pair)}"[:64]
+        image.StudyDescription = _long_string(f"SYNTHETIC {self.domain.name}: {self.pair.prompt}")
         image.SeriesDescription = "SYNTHETIC images"
         image.PatientComments = "Not a person. " + NOTICE
         image.ImageComments = f"{NOTICE} {side}: {self.pair.prompt}"
@@ -148,14 +149,14 @@ class _Study:
         mappings = [
             highdicom.pm.RealWorldValueMapping(
                 lut_label=f"WORD{number}",
-                lut_explanation=word[:64],
+                lut_explanation=_long_string(word),
                 unit=codes.UCUM.NoUnits,
                 value_range=(0.0, 1.0),
                 quantity_definition=quantity,
             )
             for number, word in enumerate(words, start=1)
         ]
-        placed = copy.copy(image)
+        placed = copy.deepcopy(image)
         placed.FrameOfReferenceUID, placed.PositionReferenceIndicator = self.uid("frame"), None
         placed.ImagePositionPatient, placed.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
         placed.PixelSpacing, placed.SliceThickness = [1, 1], 1
@@ -171,6 +172,7 @@ class _Study:
             **self._series("attention", 2, side, maps.tobytes() + json.dumps(words).encode()),
         )
         made.SeriesDescription = "SYNTHETIC attention"
+        self._name_body_part(made)
         return self._finished(made, side)
 
     def outlines(self, side: Side, image: Dataset) -> Dataset | None:
@@ -218,6 +220,7 @@ class _Study:
             **self._series("outlines", 3, side, pixels.tobytes() + json.dumps(list(masks)).encode()),
         )
         made.SeriesDescription = "SYNTHETIC outlines"
+        made.PatientOrientation = image.PatientOrientation
         return self._finished(made, side)
 
     def scores(self, images: dict[Side, Dataset]) -> Dataset | None:
@@ -241,7 +244,7 @@ class _Study:
                         ),
                         measurements=[
                             sr.Measurement(
-                                name=_private(_code_value(name), name[:64]),
+                                name=_private(_code_value(name), name),
                                 value=value,
                                 unit=codes.UCUM.NoUnits,
                                 method=method,
@@ -290,6 +293,13 @@ class _Study:
             "manufacturer": _MANUFACTURER,
         }
 
+    def _name_body_part(self, made: Dataset) -> None:
+        part = self.domain.imaging.body_part
+        if part:
+            made.BodyPartExamined = part
+        else:
+            made.Laterality = None  # of an unknown part of the body the side is unknown, too
+
     def _device(self) -> dict[str, Any]:
         return {
             "manufacturer_model_name": "medviz",
@@ -300,10 +310,6 @@ class _Study:
     def _finished(self, made: Dataset, side: Side) -> Dataset:
         """Say that an object is synthetic and by what it was made, and take the clock and random UIDs out of it."""
         made.SyntheticData = "YES"
-        if "Rows" in made and self.domain.imaging.body_part:
-            made.BodyPartExamined = self.domain.imaging.body_part
-        elif "Rows" in made:
-            made.Laterality = None  # of an unknown part of the body the side is unknown, too
         text = "; ".join(f"{key} {value}" for key, value in provenance(self.pair, side).png_text().items())
         synthesis = highdicom.ContributingEquipment(
             manufacturer=_MANUFACTURER,
@@ -330,13 +336,13 @@ class _Study:
         return made
 
 
-def pair_title(pair: Pair) -> str:
-    """Name a pair in one line: its domain and its prompt."""
-    return f"{pair.domain}: {pair.prompt}"
+def _long_string(text: str) -> str:
+    """Text as DICOM's value representation LO takes it: 64 characters, and no backslash, which separates values."""
+    return text.replace("\\", "/")[:64]
 
 
 def _private(value: str, meaning: str) -> sr.CodedConcept:
-    return sr.CodedConcept(value, CODING_SCHEME, meaning)
+    return sr.CodedConcept(value, CODING_SCHEME, _long_string(meaning))
 
 
 def _code_value(name: str) -> str:
