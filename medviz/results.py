@@ -1,6 +1,6 @@
 """What the studio is asked and what it hands back: typed, frozen, readable without any model in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -54,6 +54,14 @@ class Score:
     baseline: float | None
     aligned: float | None
     higher_is_better: bool = True
+
+
+def single_scores(scores: Iterable[Score]) -> list[dict[str, Any]]:
+    """Return the rows of /score: the scores of one image."""
+    return [
+        {"name": row.name, "role": row.role, "value": row.baseline, "higher_is_better": row.higher_is_better}
+        for row in scores
+    ]
 
 
 @dataclass(frozen=True)

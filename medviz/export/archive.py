@@ -107,11 +107,12 @@ def pair_files(pair: Pair) -> dict[str, bytes]:
     pictures |= {f"pixels/{side}.png": image_png(pair, side, labelled=False) for side in SIDES}
     maps = []
     for number, word in enumerate(pair.words, start=1):
-        look, names = pair.attention(word), {side: f"maps/{number:02d}-{side}.png" for side in SIDES}
-        maps.append({"word": word, **names})
-        for side, name in names.items():
-            pictures[name] = map_png(getattr(look, side), {**text[side], "Word": word})
-            pictures[name.replace("maps/", "overlays/")] = overlay_png(pair, side, word)
+        look, entry = pair.attention(word), {"word": word}
+        for side in SIDES:
+            entry[side] = f"maps/{number:02d}-{side}.png"
+            pictures[entry[side]] = map_png(getattr(look, side), {**text[side], "Word": word})
+            pictures[f"overlays/{number:02d}-{side}.png"] = overlay_png(pair, side, word)
+        maps.append(entry)
     pictures["figure.png"] = png_bytes(pair_figure(pair), text["aligned"])
     return {
         **{name: signed_png(content, name) for name, content in pictures.items()},

@@ -127,7 +127,7 @@ class _Study:
             image.PatientOrientation = None
         self._name_body_part(image)
         image.ConversionType = "SYN"
-        image.StudyDescription = _long_string(f"SYNTHETIC {self.domain.name}: {self.pair.prompt}")
+        image.StudyDescription = _text(f"SYNTHETIC {self.domain.name}: {self.pair.prompt}")
         image.SeriesDescription = "SYNTHETIC images"
         image.PatientComments = "Not a person. " + NOTICE
         image.ImageComments = f"{NOTICE} {side}: {self.pair.prompt}"
@@ -149,7 +149,7 @@ class _Study:
         mappings = [
             highdicom.pm.RealWorldValueMapping(
                 lut_label=f"WORD{number}",
-                lut_explanation=_long_string(word),
+                lut_explanation=_text(word),
                 unit=codes.UCUM.NoUnits,
                 value_range=(0.0, 1.0),
                 quantity_definition=quantity,
@@ -316,7 +316,7 @@ class _Study:
             purpose_of_reference=codes.DCM.SynthesizingEquipment,
             manufacturer_model_name="medviz",
             software_versions=__version__,
-            contribution_description=text[:1024],
+            contribution_description=_text(text, 1024),
         )
         # highdicom takes the maker of the source image for what acquired it, and nothing was acquired.
         made.ContributingEquipmentSequence = [synthesis, highdicom.ContributingEquipment.for_highdicom()]
@@ -336,13 +336,13 @@ class _Study:
         return made
 
 
-def _long_string(text: str) -> str:
-    """Text as DICOM's value representation LO takes it: 64 characters, and no backslash, which separates values."""
-    return text.replace("\\", "/")[:64]
+def _text(text: str, characters: int = 64) -> str:
+    """Text as DICOM's value representations LO (64 characters) and ST (1024) take it: without a backslash."""
+    return text.replace("\\", "/")[:characters]
 
 
 def _private(value: str, meaning: str) -> sr.CodedConcept:
-    return sr.CodedConcept(value, CODING_SCHEME, _long_string(meaning))
+    return sr.CodedConcept(value, CODING_SCHEME, _text(meaning))
 
 
 def _code_value(name: str) -> str:
