@@ -1,7 +1,12 @@
 """`python -m medviz COMMAND`: what the app does, on the command line."""
 
 import importlib
+import os
 import sys
+
+# Read by the libraries when they are imported: a command has one progress bar of its own.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from medviz.errors import MedvizError
 

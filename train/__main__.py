@@ -29,6 +29,7 @@ STAGES = {
     "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
     "anatomy_variants": ("train.experiments.anatomy_variants", "ways of tuning words to anatomy, side by side"),
     "bench": ("train.benchmarks", "side-by-side measurements"),
+    "watermark": ("train.evaluate.watermark", "how often the watermark is read, found by mistake, and what it changes"),
     "counterfactuals": ("train.evaluate.counterfactual_sheet", "contact sheet of images with and without an addition"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),
