@@ -1,4 +1,4 @@
-"""`python -m medviz COMMAND`: what the app does, on the command line."""
+"""`python -m medviz COMMAND ...`: the command line of everything that needs no training."""
 
 import importlib
 import os
@@ -10,27 +10,37 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from medviz.errors import MedvizError
 
-COMMANDS: dict[str, str] = {
-    "compare": "medviz.commands.compare",
-    "ground": "medviz.commands.ground",
-    "reproduce": "medviz.commands.reproduce",
-    "score": "medviz.commands.score",
+COMMANDS = {
+    "compare": ("medviz.commands.compare", "draw a prompt with the baseline and with the aligned model"),
+    "ground": ("medviz.commands.ground", "locate a phrase in images"),
+    "reproduce": ("medviz.commands.reproduce", "draw a pair again from its manifest and compare every pixel"),
+    "score": ("medviz.commands.score", "score how well images show a prompt"),
 }
-USAGE = f"usage: python -m medviz {{{','.join(COMMANDS)}}} ...\n`python -m medviz COMMAND --help` lists its options.\n"
+"""Name -> (module with `main(arguments)`, one line of help). Only the chosen module is imported."""
 
 
-def main(argv: list[str]) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed with a message, 2 asked in the wrong way."""
-    if argv[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(USAGE)
-        return 0
-    if not argv or argv[0] not in COMMANDS:
-        sys.stderr.write(USAGE)
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:12s} {text}" for name, (_, text) in COMMANDS.items()]
+    return (
+        "usage: python -m medviz COMMAND ...\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`python -m medviz COMMAND --help` says more.\n"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status: its own, 1 after an error with a name, 2 for an unknown command."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        sys.stderr.write(f"no command {arguments[0]!r}; commands are {', '.join(COMMANDS)}\n")
         return 2
     try:
-        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
     except (MedvizError, OSError) as error:
-        sys.stderr.write(f"{argv[0]}: {error}\n")
+        sys.stderr.write(f"{arguments[0]}: {error}\n")
         return 1
 
 

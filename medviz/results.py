@@ -1,7 +1,8 @@
 """What the studio is asked and what it hands back: typed, frozen, readable without any model in memory."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -100,6 +101,10 @@ class Drawing:
     image: Image.Image
     outlines: Mapping[str, Mask] = field(repr=False)
 
+    def copy(self) -> "Drawing":
+        """Return an equal drawing with an image and masks of its own."""
+        return Drawing(self.image.copy(), {name: mask.copy() for name, mask in self.outlines.items()})
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -127,6 +132,18 @@ class Pair:
     look_up: Callable[[str], WordAttention] = field(repr=False, compare=False)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def copy(self) -> "Pair":
+        """Return an equal pair that shares nothing with this one that a caller could change."""
+        return replace(
+            self,
+            models=deepcopy(self.models),
+            baseline=self.baseline.copy(),
+            aligned=self.aligned.copy(),
+            timings_s=dict(self.timings_s),
+            sampling=deepcopy(self.sampling),
+            versions=dict(self.versions),
+        )
 
     @property
     def outlines(self) -> dict[str, Mapping[str, Mask]]:

@@ -23,6 +23,7 @@ from .base import (
     shortened,
 )
 from .chest_findings import CAUSES, FINDINGS, NO_FINDING, UNPLACED
+from .chest_wordings import UNMENUED, WORDINGS, finding_places, placed_part
 from .grammar import Lexicon, Term, listed
 from .lung_places import LOCATIONS, LUNGS, MEDIASTINUM, REGIONS, box_locations, location_phrase, location_terms, merged
 
@@ -58,7 +59,7 @@ FULLY_READ = frozenset({"NIH ChestX-ray14"})
 READ_FOR = ("pneumonia", "edema", "cardiomegaly", "atelectasis", "pleural effusion")
 CHILDREN_ONLY = frozenset({"Kermany 2018 paediatric"})
 _PATIENT_HEADS = {"child": ("age_group", "child"), "pa_view": ("view", "PA"), "male": ("sex", "male")}
-BEFORE_COVID = frozenset({"NIH ChestX-ray14", "Kermany 2018 paediatric"})
+BEFORE_COVID = frozenset({"NIH ChestX-ray14", "Kermany 2018 paediatric", "Montgomery (NLM)", "Shenzhen (NLM)", "JSRT"})
 
 
 def _group(years: float) -> str:
@@ -89,6 +90,8 @@ def _lexicon() -> Lexicon:
         add([sex, f"{sex} patient"], Term("sex", (sex,), negatable=False))
         add([YOUNG[sex]], Term("sex", (sex,), negatable=False, also=(("age_group", "child"),)))
         add(listed(synonyms), Term("sex", (sex,), negatable=False, also=(("age_group", "adult"),)))
+    for synonyms in UNMENUED.values():
+        add(listed(synonyms), Term(groundable=True, regions=LUNGS))
     add(["lung"], Term(groundable=True, regions=LUNGS))
     add(["heart", "mediastinum", "cardiac silhouette"], Term(groundable=True, regions=(MEDIASTINUM,)))
     neutral = (
@@ -233,7 +236,11 @@ class Radiology(Domain):
         return {head.name: labels[head.name] for head in self.heads if head.name in labels}
 
     def caption(self, record: Record, rng: random.Random) -> str:
-        """See `Domain.caption`. At most 40 tokens; findings are named all or not at all, each with its place."""
+        """See `Domain.caption`. At most 40 tokens; findings are named all or not at all, each with its place.
+
+        A record may hold `finding_places`, a mapping (or its JSON) from words of findings to the places of each, as in
+        {"nodule": ["left upper zone"]}: what the picture shows, said instead of its findings and boxes.
+        """
         canonical = rng.random() < 0.5
         opening = "a frontal chest X-ray" if canonical else pick(rng, _OPENINGS)
         head = f"{opening}{_of(_patient(record, rng))}"
@@ -267,14 +274,6 @@ _OPENINGS = {
     "chest X-ray": 1.5,
     "a chest radiograph": 1.5,
     "a frontal chest radiograph": 1.0,
-}
-_WORDINGS = {
-    NO_FINDING: {NO_FINDING: 3.0, "normal lungs": 1.0, "normal": 0.7, "clear lungs": 0.7, "no abnormality": 0.3},
-    "lung opacity": {"lung opacity": 2.0, "opacity": 3.0, "infiltrate": 0.6, "consolidation": 0.6},
-    "pleural effusion": {"pleural effusion": 2.0, "effusion": 1.0},
-    "edema": {"edema": 2.0, "pulmonary edema": 1.0},
-    "cardiomegaly": {"cardiomegaly": 3.0, "an enlarged heart": 0.5},
-    "COVID-19": {"COVID-19": 4.0, "COVID-19 pneumonia": 1.0, "covid": 0.4},
 }
 
 
@@ -319,6 +318,8 @@ def _patient(record: Record, rng: random.Random) -> str:
 
 
 def _finding_part(record: Record, canonical: bool, rng: random.Random) -> str:
+    if seen := finding_places(record):
+        return placed_part(seen, canonical, rng)
     found = _published(record)
     if any(cause in found for cause in CAUSES):
         found = tuple(choice for choice in found if choice != "pneumonia")
@@ -331,7 +332,7 @@ def _finding_part(record: Record, canonical: bool, rng: random.Random) -> str:
     phrases = []
     # A finding with a place comes last, as in build_prompt, so that the place is read as its own.
     for choice in sorted(found, key=lambda choice: choice in placed):
-        phrase = choice if canonical else pick(rng, _WORDINGS.get(choice, {choice: 1.0}))
+        phrase = choice if canonical else pick(rng, WORDINGS.get(choice, {choice: 1.0}))
         if says_places and choice in placed:
             phrase += f" in {location_phrase(merged(placed[choice]))}"
         phrases.append(phrase)
