@@ -1,4 +1,4 @@
-"""DICOM files of a pair: valid, synthetic in every place that can say so, no person's, and the same for the same pair."""
+"""DICOM files of a pair: valid, synthetic wherever a file can say so, no person's, the same for the same pair."""
 
 import io
 import shutil

@@ -48,7 +48,8 @@ def test_the_archive_holds_everything_and_the_same_pair_gives_the_same_bytes(pai
         assert set(packed.namelist()) == {
             "baseline.png", "aligned.png", "pixels/baseline.png", "pixels/aligned.png",
             "maps/01-baseline.png", "maps/01-aligned.png", "maps/02-baseline.png", "maps/02-aligned.png",
-            "overlays/01-baseline.png", "overlays/01-aligned.png", "overlays/02-baseline.png", "overlays/02-aligned.png",
+            "overlays/01-baseline.png", "overlays/01-aligned.png",
+            "overlays/02-baseline.png", "overlays/02-aligned.png",
             "figure.png", "report.json", "manifest.json", "NOTICE.txt",
         }  # fmt: skip
         assert b"Not for diagnosis" in packed.read("NOTICE.txt")
