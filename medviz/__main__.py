@@ -7,6 +7,7 @@ import sys
 # Read by the libraries when they are imported: a command has one progress bar of its own.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from medviz.errors import MedvizError
 

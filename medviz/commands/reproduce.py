@@ -1,10 +1,13 @@
 """`python -m medviz reproduce`: draw a pair again from its manifest and compare every pixel."""
 
+import argparse
 from pathlib import Path
 
 from medviz.commands.options import add_folder, check_folder, parser, studio, tell, write_files
 from medviz.export.archive import pair_files
-from medviz.export.reproduction import compared, read_manifest
+from medviz.export.reproduction import Manifest, compared, read_manifest
+
+MAX_THREADS = 1024
 
 
 def main(argv: list[str]) -> int:
@@ -15,6 +18,7 @@ def main(argv: list[str]) -> int:
     options = command.parse_args(argv)
     check_folder(options.out)
     recorded = read_manifest(options.manifest)
+    _set_up(options, recorded)
     pair = studio(options).compare(**vars(recorded.request))
     files = pair_files(pair)
     written = write_files(options.out, files) if options.out is not None else []
@@ -26,3 +30,14 @@ def main(argv: list[str]) -> int:
         lines += [*found.models, *found.sampling, *found.versions]
     tell(options, {"identical": found.identical, **vars(found), "files": written}, [*lines, *written])
     return 0 if found.identical else 1
+
+
+def _set_up(options: argparse.Namespace, recorded: Manifest) -> None:
+    """Compute on as many threads as the manifest names, and on the CPU if it did: both decide how sums are rounded."""
+    import torch
+
+    threads = recorded.sampling.get("threads")
+    if isinstance(threads, int) and 1 <= threads <= MAX_THREADS:
+        torch.set_num_threads(threads)
+    if options.device is None and recorded.sampling.get("device") == "cpu":
+        options.device = "cpu"

@@ -44,12 +44,13 @@ def test_a_fresh_process_draws_the_same_pixels(model_root: Path, packed: Path, t
     command = [sys.executable, "-m", "medviz", "reproduce", str(packed), "--models", str(model_root), "--device", "cpu"]
     done = subprocess.run(
         [*command, "--json", "--out", str(tmp_path / "again")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["identical"]
     assert (found["pictures"], found["maps"], found["models"]) == ([], [], [])
+    assert found["sampling"] == [], "on one thread, as the manifest says, not on two"
     with zipfile.ZipFile(packed) as before:
         for name in ("pixels/aligned.png", "maps/01-baseline.png", "manifest.json"):
             assert (tmp_path / "again" / name).read_bytes() == before.read(name)
