@@ -5,6 +5,7 @@ Every check returns the value in its canonical type, or raises InputError with t
 
 import math
 import operator
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -52,6 +53,7 @@ _IGNORABLE = frozenset(
 )
 # Control, format (zero-width, bidirectional, tag), surrogate and private-use characters, line and paragraph separators.
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
+_LINE_BREAKS = re.compile(r"[ \t]*(?:\r\n|\r|\n)[ \t]*")  # read as a space: a prompt may be typed on several lines
 
 
 def _shown(value: object) -> str:
@@ -62,7 +64,7 @@ def _shown(value: object) -> str:
 def _check_text(value: object, what: str, max_chars: int) -> str:
     if not isinstance(value, str):
         raise InputError(f"the {what} must be text, got {_shown(value)} ({type(value).__name__})")
-    text = value.strip()
+    text = _LINE_BREAKS.sub(" ", value).strip()
     if not text:
         raise InputError(f"the {what} is empty; write at least one word")
     if len(text) > max_chars:
@@ -96,7 +98,7 @@ def _check_integer(value: object, what: str, low: int, high: int) -> int:
 
 
 def check_prompt(prompt: object) -> str:
-    """Return the prompt without surrounding blanks; InputError if empty, too long or holding control characters."""
+    """Return the prompt on one line without surrounding blanks; InputError if empty, too long or with controls."""
     return _check_text(prompt, "prompt", MAX_PROMPT_CHARS)
 
 

@@ -235,7 +235,7 @@ def read(models: Models, prompt: str) -> tuple[tuple[str, ...], list[str]]:
         warnings.append(f"Not in the vocabulary, and perhaps ignored: {', '.join(parsed.unknown_words)}.")
     lost = truncated_text(tokenizer, prompt)
     if lost:
-        warnings.append(f"The prompt is longer than the models read; they never saw: {lost}")
+        warnings.append(f"The prompt is longer than the models read. Not read: {lost}")
     words = []
     for word in parsed.words:
         try:

@@ -33,6 +33,7 @@ class Field:
     default: one of the choices, or a tuple of them where `multiple`.
     info: one line for the person who chooses.
     nothing: the choice that says none of the others is there, empty where the field has none.
+    alone: the choice that cannot stand beside others, empty where that is `nothing` or there is none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Field:
     default: str | tuple[str, ...] = NOT_STATED
     info: str = ""
     nothing: str = ""
+    alone: str = ""
 
 
 @dataclass(frozen=True)

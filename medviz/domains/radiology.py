@@ -348,7 +348,15 @@ DOMAIN = Radiology(
         Field("age_group", "Patient", (NOT_STATED, *AGE_GROUPS), info="A child is under 18."),
         Field("age", "Age", (NOT_STATED, *map(str, AGES)), info="Years."),
         Field("sex", "Sex", (NOT_STATED, *SEXES)),
-        Field("findings", "Findings", tuple(FINDINGS), multiple=True, default=(), info="What the X-ray shows."),
+        Field(
+            "findings",
+            "Findings",
+            tuple(FINDINGS),
+            multiple=True,
+            default=(),
+            info="What the X-ray shows.",
+            alone=NO_FINDING,
+        ),
         Field(
             "location",
             "Location",
@@ -357,7 +365,9 @@ DOMAIN = Radiology(
             default=(),
             info="Where the last finding lies. Sides are the patient's: right is on the left of the image.",
         ),
-        Field("view", "View", (NOT_STATED, *VIEWS), info="PA: standing, beam from behind. AP: often lying down."),
+        Field(
+            "view", "View", (NOT_STATED, *VIEWS), info="PA: standing, beam from behind. AP: often supine or portable."
+        ),
     ),
     heads=(
         *(

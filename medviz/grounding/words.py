@@ -86,7 +86,15 @@ def content_indices(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[in
 
 
 def truncated_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The end of the prompt that the model never reads because of the tokenizer's maximum length; "" if none."""
+    """The end of the prompt that the model does not read because of the tokenizer's maximum length; "" if none.
+
+    It begins with a whole word: one that the model reads in part counts as not read.
+    """
     offsets = _offsets(tokenizer, prompt)
     lost = [start for start, end in offsets[_last_kept(tokenizer, offsets) :] if end > start]
-    return prompt[lost[0] :].strip() if lost else ""
+    if not lost:
+        return ""
+    start = lost[0]
+    while start > 0 and prompt[start - 1].isalnum() and prompt[start].isalnum():
+        start -= 1
+    return prompt[start:].strip()

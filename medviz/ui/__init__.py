@@ -19,7 +19,7 @@ from medviz.ui.ground import GroundTab
 from medviz.ui.middleware import guarded, own_names
 from medviz.ui.page import Page
 from medviz.ui.result_panel import LIGHT
-from medviz.ui.theme import CSS, theme
+from medviz.ui.theme import ACCESSIBLE, CSS, theme
 
 __all__ = ["build", "launch_settings"]
 
@@ -41,20 +41,22 @@ def build(studio: Studio) -> Page:
     domains = _usable_domains(studio)
     examples = {name: read_examples(studio.assets / "examples" / name) for name in domains}
     with Page(title="medviz", analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY_S, KEEP_S)) as page:
-        gr.Markdown(_TITLE, elem_id="mv-title")
-        gr.HTML(NOTICE, elem_id="mv-notice")
+        with gr.Row(elem_id="mv-head"):
+            gr.Markdown(_TITLE, elem_id="mv-title")
+            gr.HTML(NOTICE, elem_id="mv-notice")
         with gr.Tabs():
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(studio, examples, domains)
-            with gr.Tab("Ground an image", id="ground"):
-                GroundTab(studio, domains)
+            with gr.Tab("Locate a finding", id="ground"):
+                ground = GroundTab(studio, domains)
             with gr.Tab("About", id="about"):
                 build_about(studio, domains, studio.assets / "reports")
             with gr.Tab("API", id="api"):
                 example = DOMAINS[domains[0]].examples[0].prompt
                 build_api(studio, domains, example, next(iter(DOMAINS[domains[0]].parse(example).words), ""))
-        page.load(generate.open_page, None, generate.outputs_of_open_page(), **LIGHT)
+        page.load(generate.open_page, None, generate.outputs_of_open_page(), js=ACCESSIBLE, **LIGHT)
         page.unload(generate.leave_page)
+        page.unload(ground.leave_page)
     return page.queue(api_open=False, max_size=MAX_QUEUE, default_concurrency_limit=1)
 
 

@@ -11,15 +11,15 @@ from medviz.studio import Studio
 _INTRODUCTION = """
 **What this is.** Two text-to-image models draw the same prompt from the same noise: the *baseline*, trained on medical
 images, and the *aligned* model, the same network with an adapter that reinforcement learning trained to draw what the
-prompt says. The coloured maps show where each word of the prompt entered the image.
+prompt says. The coloured maps show the cross-attention of each term: where it influenced the image.
 
-**What this is not.** No medical device. The images are synthetic and belong to no patient; they carry the mistakes and
-gaps of their training images. Nothing here may inform a decision about a person.
+**What this is not.** This is not a medical device. The images are synthetic and show no patient; they reproduce errors
+and gaps of the training images. They must not inform any decision about a person.
 
-**How to read the scores.** The reward's networks trained the aligned model, so its reward rises by design. The judge is
-another architecture, trained on other images, and gives alignment no gradient, but it helped to choose which adapter
-ships: believe the judge first, and no network for certain. Where a figure could not be computed the table
-says so.
+**How to read the scores.** The aligned model was trained to raise the reward, so a higher reward is expected. The judge
+has another architecture, was trained on other images and gave the training no gradient, but it helped to select the
+adapter. Give the judge more weight than the reward, and do not take either as proof. A figure that could not be
+computed reads "not computed".
 """
 
 SHEET = "contact-sheet-"

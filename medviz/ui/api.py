@@ -13,6 +13,7 @@ from medviz.results import single_scores
 from medviz.studio import Studio
 from medviz.ui import views
 from medviz.ui.files import served, served_picture
+from medviz.ui.generate import default_guidance_scale
 from medviz.ui.guard import telling
 from medviz.ui.running import computed
 
@@ -32,17 +33,21 @@ DICOM file.
 
 _CODE = """from gradio_client import Client, handle_file
 
-client = Client("http://127.0.0.1:7860")  # or the name of the Space
+client = Client("{address}")
 baseline, aligned, report = client.predict(
-    "{domain}", "{prompt}", seed=1, steps=20, guidance_scale=3.0, adapter="", api_name="/compare"
+    "{domain}", "{prompt}", seed=1, steps={steps}, guidance_scale={guidance:g}, adapter="", api_name="/compare"
 )
 left, right, figures = client.predict(
-    "{domain}", "{prompt}", seed=1, steps=20, guidance_scale=3.0, adapter="",
+    "{domain}", "{prompt}", seed=1, steps={steps}, guidance_scale={guidance:g}, adapter="",
     word="{word}", api_name="/attention",
 )
 overlay, found = client.predict("{domain}", handle_file("image.png"), "{word}", adapter="", api_name="/ground")
 scores = client.predict("{domain}", handle_file("image.png"), "{prompt}", api_name="/score")
 """
+
+_ADDRESS = "http://127.0.0.1:7860"
+_OWN_ADDRESS = f'(code) => code.replace("{_ADDRESS}", (location.origin + location.pathname).replace(/\\/$/, ""))'
+"""The address that the page was opened at stands in the example."""
 
 
 class Endpoints:
@@ -124,9 +129,17 @@ def _as_sent(component: gr.components.Component) -> gr.components.Component:
 def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> None:
     """Build the API tab inside an open gr.Tab and register the endpoints."""
     gr.Markdown(_GUIDE.format(domains=" or ".join(f"`{name}`" for name in domains)))
-    gr.Code(
-        _CODE.format(domain=domains[0], prompt=prompt, word=word), language="python", label="Python", interactive=False
+    guidance_scale = default_guidance_scale(studio, domains[0])
+    code = gr.Code(
+        _CODE.format(
+            address=_ADDRESS, domain=domains[0], prompt=prompt, word=word, steps=DEFAULT_STEPS, guidance=guidance_scale
+        ),
+        language="python",
+        label="Python",
+        interactive=False,
+        elem_id="mv-code",
     )
+    gr.on(None, None, code, code, js=_OWN_ADDRESS)  # on load
     endpoints = Endpoints(studio)
     with gr.Group(visible=False):
         request = [

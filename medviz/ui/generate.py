@@ -1,14 +1,17 @@
 """The Generate tab: a prompt from menus or by hand, settings, examples, and the run that fills the result panel."""
 
 import random
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from medviz.domains import DOMAINS
 from medviz.domains.base import Example
-from medviz.errors import Cancelled, MedvizError
+from medviz.errors import InputError
 from medviz.limits import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -19,18 +22,41 @@ from medviz.limits import (
     MIN_GUIDANCE_SCALE,
     MIN_SEED,
     MIN_STEPS,
+    check_guidance_scale,
+    check_prompt,
+    check_seed,
+    check_steps,
 )
 from medviz.results import Pair, Preview
 from medviz.studio import Studio
 from medviz.ui import views
+from medviz.ui.files import served_picture
 from medviz.ui.guard import telling
+from medviz.ui.page import caller_has_left
 from medviz.ui.prompt_builder import PromptBuilder
 from medviz.ui.result_panel import LIGHT, ResultPanel, Updates
-from medviz.ui.running import Runs, stream
+from medviz.ui.running import Run, Runs, stream
+from medviz.ui.theme import scroll_to
 
 WAITING = "Waiting for the models"
-EMPTY = "Choose a prompt and press Generate."
-STORED = "A stored example: no model was needed to show it."
+EMPTY = "Enter a prompt and press Generate."
+STORED = "Precomputed example"
+REFUSED = "The server did not take the request: it is busy or out of reach. Wait a minute, then press Generate again."
+UNREAD = (
+    f"The settings are out of range. Choose {MIN_STEPS} to {MAX_STEPS} steps and a guidance scale of "
+    f"{MIN_GUIDANCE_SCALE:g} to {MAX_GUIDANCE_SCALE:g}, then press Generate again."
+)
+DRAFT_BUTTON = "mv-draft-now"
+DRAFT_AFTER_MS = 700  # without a further change of the prompt
+
+DRAFT_LATER = f"""() => {{
+    clearTimeout(window.mvDraft);
+    window.mvDraft = setTimeout(() => document.getElementById("{DRAFT_BUTTON}")?.click(), {DRAFT_AFTER_MS});
+}}"""
+
+NO_DRAFT = "() => clearTimeout(window.mvDraft)"
+
+SHOW_RESULT = scroll_to("#mv-result", "!document.querySelector('#mv-alert [role=alert]')")
 
 
 class GenerateTab:
@@ -39,10 +65,12 @@ class GenerateTab:
     def __init__(self, studio: Studio, examples: dict[str, list[Pair]], domains: Sequence[str]) -> None:
         self.studio, self.examples, self.domains = studio, examples, domains
         self.runs = Runs()
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=320):
+        # Names the run that was asked for last; its change starts the run (that of a gr.State goes unnoticed unqueued).
+        self.ticket = gr.Textbox(visible="hidden", label="Ticket")
+        with gr.Row(equal_height=False, elem_classes="mv-work"):
+            with gr.Column(scale=4, min_width=300, elem_classes="mv-request"):
                 self._build_request()
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=11, min_width=300, elem_id="mv-result"):
                 self.panel = ResultPanel()
         self._wire()
 
@@ -55,9 +83,9 @@ class GenerateTab:
         self.prompt = gr.Textbox(
             source.prompt,
             label="Prompt",
-            info="Write it, or choose from the menus below.",
-            lines=2,
-            max_lines=4,
+            info="Type it, or choose from the menus below. Enter generates; Shift+Enter breaks the line.",
+            lines=1,
+            max_lines=5,
             max_length=MAX_PROMPT_CHARS,
             elem_id="mv-prompt",
         )
@@ -68,13 +96,12 @@ class GenerateTab:
             elem_id="mv-unknown",
         )
         with gr.Row():
+            # No limits here: a seed out of range is refused in words, see `_begin`.
             self.seed = gr.Number(
                 source.seed,
                 label="Seed",
                 info="The same seed gives the same noise.",
                 precision=0,
-                minimum=MIN_SEED,
-                maximum=MAX_SEED,
                 min_width=150,
                 elem_id="mv-seed",
             )
@@ -86,6 +113,7 @@ class GenerateTab:
                 "Generate", variant="primary", interactive=False, elem_id="mv-generate", scale=3, min_width=120
             )
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="mv-cancel", min_width=80)
+        self.alert = gr.HTML("", elem_id="mv-alert")
         with gr.Accordion("Prompt menus", open=True):
             self.builders = {
                 name: PromptBuilder(
@@ -99,13 +127,15 @@ class GenerateTab:
             }
         with gr.Accordion("Settings", open=False, elem_id="mv-settings"):
             self._build_settings(first.name)
+        self.thumbs: dict[str, list[gr.Button]] = {}
         self.galleries = {name: self._build_examples(name) for name in self.domains}
+        self.draft_now = gr.Button("Draft", elem_id=DRAFT_BUTTON, visible="hidden")
 
     def _build_settings(self, domain: str) -> None:
         self.live = gr.Checkbox(
             False,
             label="Draft while typing",
-            info="In few steps: near to the full picture from the same noise.",
+            info="In few steps, when you pause: close to the full images from the same noise.",
             visible=few_steps(self.studio, domain) is not None,
             elem_id="mv-live",
         )
@@ -128,78 +158,83 @@ class GenerateTab:
         )
         self.adapter = gr.Dropdown(adapter_choices(self.studio, domain), value="", label="Adapter of the aligned model")
 
-    def _build_examples(self, name: str) -> gr.Gallery | gr.Dataset:
+    def _build_examples(self, name: str) -> gr.Column:
         pairs = self.examples.get(name, [])
-        if not pairs:
-            samples = [[example.prompt] for example in DOMAINS[name].examples]
-            return gr.Dataset(
-                components=["textbox"], samples=samples, type="index", label="Example prompts", visible=False
-            )
-        return gr.Gallery(
-            [(views.thumbnail(pair), ", ".join(pair.words)) for pair in pairs],
-            label="Examples: baseline on the left, aligned on the right",
-            format="png",
-            columns=2,
-            height="auto",
-            object_fit="contain",
-            allow_preview=False,
-            interactive=False,
-            visible=False,
-            buttons=[],
-            elem_classes="mv-thumbs",
-            elem_id=f"mv-examples-{name}",
-        )
+        with gr.Column(visible=False, elem_classes="mv-examples") as column:
+            gr.Markdown(f"**Examples{': baseline left, aligned right' if pairs else ''}**")
+            with gr.Row(elem_classes="mv-thumbs", elem_id=f"mv-examples-{name}"):
+                self.thumbs[name] = [self._thumb(source) for source in pairs or DOMAINS[name].examples]
+        return column
+
+    def _thumb(self, source: Pair | Example) -> gr.Button:
+        """A button that shows an example: its pictures, if they are stored, and what they show."""
+        if isinstance(source, Example):
+            return gr.Button(source.prompt, size="sm")
+        icon = served_picture(views.thumbnail(source), "thumbnail")
+        thumb = gr.Button(caption(source), icon=icon, size="sm", min_width=130, elem_classes="mv-thumb")
+        thumb.keep_in_cache.add(icon)  # served for as long as the page is, unlike what a run leaves behind
+        return thumb
 
     def _wire(self) -> None:
-        menus = [menu for builder in self.builders.values() for menu in builder.menus]
+        self._wire_run()
+        menus = [part for builder in self.builders.values() for part in builder.parts]
         request = [self.prompt, self.seed, *menus, self.unknown]
         groups = [*(builder.group for builder in self.builders.values()), *self.galleries.values()]
-        switched = [*request, self.adapter, self.steps, self.guidance, self.live, *groups, *self.panel.outputs]
+        shown = [self.generate, self.cancel, self.alert, *self.panel.outputs]
+        switched = [*request, self.adapter, self.steps, self.guidance, self.live, *groups, *shown]
         self.domain.input(self._switch_domain, self.domain, switched, **LIGHT)
+        self.cancel.click(None, js=NO_DRAFT)
+        self.cancel.click(self._stop, self.panel.pair, shown, **LIGHT)
+        for name, thumbs in self.thumbs.items():
+            sources: Sequence[Pair | Example] = self.examples.get(name) or DOMAINS[name].examples
+            for thumb, source in zip(thumbs, sources, strict=True):
+                picked = thumb.click(self._pick(name, source), None, [*request, *shown], **LIGHT)
+                picked.success(None, js=SHOW_RESULT)
         self.prompt.blur(self._read_prompt, [self.domain, self.prompt], [*menus, self.unknown], **LIGHT)
         self.dice.click(new_seed, None, self.seed, **LIGHT)
-        for name, gallery in self.galleries.items():
-            picked = [*request, *self.panel.outputs]
-            if isinstance(gallery, gr.Gallery):
-                gallery.select(self._pick_pair(name), None, picked, **LIGHT)
-            else:
-                gallery.click(self._pick_prompt(name), gallery, picked, **LIGHT)
-        self._wire_run()
 
     def _wire_run(self) -> None:
-        buttons = [self.generate, self.cancel]
-        asked = [self.domain, self.prompt, self.seed, self.keep_seed, self.steps, self.guidance, self.adapter]
-        run = self.generate.click(self._busy, None, [*buttons, self.panel.progress], **LIGHT).then(
+        """Wire the way from the button to the result.
+
+        Gradio's `cancels` is left alone: it has what a generator sent last shown again. A run that is no longer current
+        stops itself, see `_run`.
+        """
+        shown = [self.generate, self.cancel, self.alert, *self.panel.outputs]
+        # A run that stops early must not keep the next one from starting: several may be on their way.
+        run = self.ticket.change(
             self._run,
-            [*asked, self.panel.pair],
-            [self.seed, *self.panel.streamed],
+            self.ticket,
+            self.panel.streamed,
             concurrency_id="model",
             concurrency_limit=1,
+            trigger_mode="multiple",
             show_progress="hidden",
             api_visibility="private",
         )
-        run.then(self._ready, None, buttons, **LIGHT)
-        self._fill_after(run)
+        ending = {"inputs": [self.ticket, self.panel.pair], "outputs": shown, "trigger_mode": "multiple", **LIGHT}
+        run.success(self._end, **ending)
+        run.failure(self._lost, **ending)
+        started = [self.ticket, self.seed, *shown]
+        begun = gr.on(
+            [self.generate.click, self.prompt.submit],
+            self._begin,
+            [self.domain, self.prompt, self.seed, self.keep_seed, self.steps, self.guidance, self.adapter],
+            started,
+            **LIGHT,
+        )
+        begun.success(None, js=SHOW_RESULT)
+        begun.failure(lambda: views.alert(UNREAD), None, self.alert, **LIGHT)
         if any(few_steps(self.studio, name) is not None for name in self.domains):
-            # the tick, and whatever changes the prompt, typing or a menu; what is shown already is not drawn again
-            draft = gr.on(
-                [self.prompt.change, self.live.input],
-                self._draft,
+            self.prompt.change(None, js=DRAFT_LATER)
+            gr.on(
+                [self.draft_now.click, self.live.input],
+                self._begin_draft,
                 [self.domain, self.prompt, self.seed, self.live, self.adapter, self.panel.pair],
-                self.panel.streamed,
-                concurrency_id="model",
-                concurrency_limit=1,
-                trigger_mode="always_last",
-                show_progress="hidden",
-                api_visibility="private",
+                started,
+                **LIGHT,
             )
-            self._fill_after(draft)
-        self.cancel.click(self._stop, self.panel.pair, [*buttons, *self.panel.outputs], cancels=[run], **LIGHT)
 
-    def _fill_after(self, run: gr.events.Dependency) -> None:
-        run.then(self.panel.fill, [self.panel.pair, self.panel.shown], self.panel.filled, **LIGHT)
-
-    def open_page(self) -> Updates:
+    def open_page(self, request: gr.Request) -> Updates:
         """Return what a fresh page shows, the first domain's first stored example, and what may be used from then on.
 
         The prompt and its menus stand in the page as it is built: what a quick person types is left alone.
@@ -207,10 +242,7 @@ class GenerateTab:
         name = self.domains[0]
         usable = {part: gr.update(interactive=True) for part in (self.domain, self.generate)}
         usable[self.galleries[name]] = gr.update(visible=True)
-        pairs = self.examples.get(name, [])
-        if not pairs:
-            return {**usable, self.panel.progress: views.status(EMPTY)}
-        return usable | self.panel.show(pairs[0], STORED)
+        return usable | self._example(self._source(name), request)
 
     def outputs_of_open_page(self) -> list[Any]:
         """Return the components that `open_page` sets."""
@@ -219,20 +251,27 @@ class GenerateTab:
     def leave_page(self, request: gr.Request) -> None:
         """Stop what a closed page was computing."""
         self.runs.stop(str(request.session_hash))
+        self.panel.screens.forget(str(request.session_hash))
 
     def _source(self, name: str) -> Pair | Example:
         """The prompt and seed that a domain opens with: its first stored pair's, else its first example's."""
         pairs = self.examples.get(name, [])
         return pairs[0] if pairs else DOMAINS[name].examples[0]
 
-    def _request_of(self, name: str, source: Any) -> Updates:
+    def _request_of(self, name: str, source: Pair | Example) -> Updates:
         """Updates of the request side for a stored pair or an example prompt of a domain."""
-        return {self.prompt: source.prompt, self.seed: source.seed, **self.builders[name].read(source.prompt)}
+        return {
+            self.prompt: source.prompt,
+            self.seed: source.seed,
+            self.alert: "",
+            **self._idle(),
+            **self.builders[name].read(source.prompt),
+        }
 
     def _switch_domain(self, name: str, request: gr.Request) -> Updates:
-        self.leave_page(request)
-        pairs = self.examples.get(name, [])
-        updates = self._request_of(name, self._source(name))
+        self.runs.stop(str(request.session_hash))
+        source = self._source(name)
+        updates = self._request_of(name, source)
         for other in self.domains:
             updates[self.builders[other].group] = gr.update(visible=other == name)
             updates[self.galleries[other]] = gr.update(visible=other == name)
@@ -240,113 +279,161 @@ class GenerateTab:
         updates[self.guidance] = default_guidance_scale(self.studio, name)
         updates[self.steps] = gr.update(info=steps_info(self.studio, name))
         updates[self.live] = gr.update(visible=few_steps(self.studio, name) is not None)
-        if pairs:
-            return updates | self.panel.show(pairs[0], STORED)
-        return updates | self.panel.show(None, EMPTY)
+        return updates | self._example(source, request)
 
     def _read_prompt(self, name: str, prompt: str) -> Updates:
         return self.builders[name].read(prompt)
 
-    def _pick_pair(self, name: str) -> Callable[..., Updates]:
-        def pick(selected: gr.SelectData) -> Updates:
-            pair = self.examples[name][int(selected.index)]
-            return self._request_of(name, pair) | self.panel.show(pair, STORED)
+    def _pick(self, name: str, source: Pair | Example) -> Callable[[gr.Request], Updates]:
+        """What a click on an example does."""
+
+        def pick(request: gr.Request) -> Updates:
+            self.runs.stop(str(request.session_hash))
+            return self._request_of(name, source) | self._example(source, request)
 
         return pick
 
-    def _pick_prompt(self, name: str) -> Callable[[int], Updates]:
-        def pick(index: int) -> Updates:
-            text = "Press Generate to draw this prompt."
-            return self._request_of(name, DOMAINS[name].examples[index]) | {self.panel.progress: views.status(text)}
+    def _example(self, source: Pair | Example, request: gr.Request) -> Updates:
+        session = str(request.session_hash)
+        if isinstance(source, Pair):
+            return self.panel.show(session, source, STORED)
+        return self.panel.show(session, None, EMPTY)
 
-        return pick
-
-    def _busy(self) -> Updates:
-        return {
-            self.generate: gr.update(interactive=False),
-            self.cancel: gr.update(interactive=True),
-            self.panel.progress: views.progress_bar(0, 1, WAITING),
-        }
-
-    def _ready(self) -> Updates:
-        return {self.generate: gr.update(interactive=True), self.cancel: gr.update(interactive=False)}
-
-    def _stop(self, pair: Pair | None, request: gr.Request) -> Updates:
-        self.leave_page(request)
-        return self._ready() | self.panel.show(pair, "Cancelled.")
-
-    def _run(
+    def _begin(
         self,
         domain: str,
         prompt: str,
-        seed: int,
+        seed: int | None,
         keep_seed: bool,
         steps: int,
         guidance_scale: float,
         adapter: str,
-        previous: Pair | None,
         request: gr.Request,
-    ) -> Iterator[Updates]:
-        chosen_seed = seed if keep_seed else new_seed()
-        yield {self.seed: chosen_seed}
-        yield from self._compared(domain, prompt, chosen_seed, steps, guidance_scale, adapter, previous, request)
+    ) -> Updates:
+        """Check what is asked for and hand out a ticket for it; what cannot be drawn is refused and changes nothing."""
+        try:
+            with telling():
+                asked = {
+                    "domain": domain,
+                    "prompt": check_prompt(prompt),
+                    "seed": _chosen_seed(seed) if keep_seed else new_seed(),
+                    "steps": check_steps(steps),
+                    "guidance_scale": check_guidance_scale(guidance_scale),
+                    "adapter": adapter,
+                }
+        except gr.Error as refusal:
+            return {self.alert: views.alert(refusal.message)}
+        started = self._started(Run(asked), request)
+        return started | {self.seed: asked["seed"], self.generate: gr.update(interactive=False)}
 
-    def _draft(
+    def _begin_draft(
         self,
         domain: str,
         prompt: str,
-        seed: int,
+        seed: int | None,
         live: bool,
         adapter: str,
-        previous: Pair | None,
+        shown: Pair | None,
         request: gr.Request,
-    ) -> Iterator[Updates]:
-        steps = few_steps(self.studio, domain)
-        is_shown = previous is not None and (previous.domain, previous.prompt, previous.seed) == (domain, prompt, seed)
-        if not live or steps is None or not prompt.strip() or is_shown:
+    ) -> Updates:
+        """Ask for a draft of the prompt as it stands, unless it is shown already or a full run is on its way."""
+        steps, running = few_steps(self.studio, domain), self.runs.current(str(request.session_hash))
+        if not live or steps is None or (running is not None and not running.is_draft):
+            return gr.skip()
+        try:
+            asked = {"domain": domain, "prompt": check_prompt(prompt), "seed": check_seed(seed), "adapter": adapter}
+        except InputError:
+            return gr.skip()  # half a prompt: the person is told when it is to be generated
+        run = Run({**asked, "steps": steps, "guidance_scale": None}, is_draft=True)
+        is_shown = shown is not None and (shown.domain, shown.prompt, shown.seed) == (domain, asked["prompt"], seed)
+        if running.asked == run.asked if running else is_shown:
+            return gr.skip()
+        return self._started(run, request)
+
+    def _started(self, run: Run, request: gr.Request) -> Updates:
+        session = str(request.session_hash)
+        self.runs.start(session, run)
+        return {
+            self.ticket: run.ticket,
+            self.alert: "",
+            self.cancel: gr.update(interactive=True),
+            **self.panel.begin(session, f"{WAITING} to draw a draft" if run.is_draft else WAITING),
+        }
+
+    def _idle(self) -> Updates:
+        return {self.generate: gr.update(interactive=True), self.cancel: gr.update(interactive=False)}
+
+    def _stop(self, shown: Pair | None, request: gr.Request) -> Updates:
+        session = str(request.session_hash)
+        self.runs.stop(session)
+        return {self.alert: "", **self._idle(), **self.panel.show(session, shown, "Cancelled.")}
+
+    def _run(self, ticket: str, request: gr.Request) -> Iterator[Updates]:
+        """Draw what a ticket stands for; yields what to show of it as long as nothing else was asked for."""
+        run = self.runs.current(str(request.session_hash), ticket)
+        if run is None:
             yield gr.skip()  # a generator that yields nothing would empty the panel
             return
-        yield from self._compared(domain, prompt, seed, steps, None, adapter, previous, request)
-
-    def _compared(
-        self,
-        domain: str,
-        prompt: str,
-        seed: int,
-        steps: int,
-        guidance_scale: float | None,
-        adapter: str,
-        previous: Pair | None,
-        request: gr.Request,
-    ) -> Iterator[Updates]:
-        with telling(), self.runs.running(str(request.session_hash)) as switch:
-
-            def compare(on_preview: Callable[[Preview], None]) -> Pair:
-                return self.studio.compare(
-                    domain,
-                    prompt,
-                    seed,
-                    steps=steps,
-                    guidance_scale=guidance_scale,
-                    adapter=adapter,
-                    on_preview=on_preview,
-                    cancelled=switch.is_set,
-                )
-
-            try:
-                for found in stream(compare):
+        begun_s, drew, has_left = time.monotonic(), False, caller_has_left()
+        try:
+            with telling():
+                for found in stream(partial(self._compare, run, has_left), run.stopped):
+                    if run.stopped.is_set():
+                        break
                     if isinstance(found, Preview):
+                        drew = True
                         yield self.panel.preview(found)
                     else:
-                        yield self.panel.finish(found, f"Done in {found.timings_s['total']:.1f} s.")
-            except Cancelled as stopped:
-                # Whoever turned the switch has already put something else on the screen.
-                if not switch.is_set():
-                    yield self.panel.finish(previous, str(stopped))
-            except (MedvizError, RuntimeError, OSError, MemoryError):
-                # What was shown before comes back: a failed request loses nothing.
-                yield self.panel.finish(previous, "The request failed.")
-                raise
+                        run.pair, run.text = found, _done(run, drew, time.monotonic() - begun_s)
+                        yield self.panel.finish(found, run.text, draft=run.is_draft)
+        except gr.Error as error:
+            run.problem = error.message
+        if self.runs.current(str(request.session_hash), ticket) is None:
+            yield gr.skip()  # gradio sends the last updates again at the end, and by now something else is shown
+
+    def _compare(self, run: Run, has_left: Callable[[], bool], on_preview: Callable[[Preview], None]) -> Pair:
+        return self.studio.compare(
+            **run.asked, on_preview=on_preview, cancelled=lambda: run.stopped.is_set() or has_left()
+        )
+
+    def _end(self, ticket: str, before: Pair | None, request: gr.Request) -> Updates:
+        """Show a run's result, or what went wrong and the pair before it; nothing if something else is shown by now."""
+        session = str(request.session_hash)
+        run = self.runs.current(session, ticket)
+        if run is None or not (run.pair or run.problem):
+            return gr.skip()
+        if run.pair is not None:
+            updates = {self.alert: "", **self.panel.show(session, run.pair, run.text, draft=run.is_draft)}
+        else:
+            updates = {self.alert: views.alert(run.problem), **self.panel.show(session, before, "")}
+        return updates | self._idle() if self.runs.end(session, run) else gr.skip()
+
+    def _lost(self, ticket: str, before: Pair | None, request: gr.Request) -> Updates:
+        """Say what to do after a run that the queue did not take or whose connection broke."""
+        session = str(request.session_hash)
+        if (run := self.runs.current(session, ticket)) is None:
+            return gr.skip()
+        run.stopped.set()
+        run.problem = run.problem or REFUSED
+        return self._end(ticket, before, request)
+
+
+def _done(run: Run, drew: bool, took_s: float) -> str:
+    """The status line of a finished run."""
+    if run.is_draft:
+        return f"Draft done in {took_s:.1f} s. Press Generate for the full images."
+    return f"Done in {took_s:.1f} s." if drew else "This pair was generated before and is shown from memory."
+
+
+def _chosen_seed(seed: int | None) -> int:
+    if seed is None:
+        raise InputError(f"the seed is empty; enter a whole number from {MIN_SEED} to {MAX_SEED}, or press New seed")
+    return check_seed(seed)
+
+
+def caption(pair: Pair) -> str:
+    """What a stored pair shows: its terms, or, without any, what the prompt says after its opening words."""
+    return ", ".join(pair.words) or re.split(r" (?:of|with|showing) ", pair.prompt, maxsplit=1)[-1]
 
 
 def new_seed() -> int:
@@ -378,8 +465,9 @@ def few_steps(studio: Studio, domain: str) -> int | None:
 def steps_info(studio: Studio, domain: str) -> str:
     """What a domain makes of the number of steps."""
     if domain not in studio.domains() or not (last := studio.manifest(domain).recipe.get("few_step_finish")):
-        return "More take longer."
-    return f"At guidance {default_guidance_scale(studio, domain):g} the last of them are drawn in {last} larger ones."
+        return "More steps take longer and may add detail."
+    guidance = default_guidance_scale(studio, domain)
+    return f"More steps take longer. At guidance {guidance:g} the last of them are merged into {last}."
 
 
 def default_guidance_scale(studio: Studio, domain: str) -> float:

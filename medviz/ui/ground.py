@@ -1,4 +1,4 @@
-"""The Ground tab: where a phrase looks in an image that a person brings."""
+"""The tab that locates a finding in an uploaded image: the attention that the generator pays to it there."""
 
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from medviz.results import Grounding
 from medviz.studio import Studio
 from medviz.ui import views
 from medviz.ui.files import served_picture
-from medviz.ui.generate import adapter_choices
+from medviz.ui.generate import REFUSED, adapter_choices
 from medviz.ui.guard import telling
 from medviz.ui.page import caller_has_left
 from medviz.ui.result_panel import LIGHT, STATE_LIFETIME_S, Updates
+from medviz.ui.running import Screens
+from medviz.ui.theme import scroll_to
 from medviz.ui.views import Look
 
+SHOW_PICTURE = scroll_to("#mv-ground-picture", "document.querySelector('#mv-ground-picture img')")
 _FORMATS = "PNG, JPEG, WebP, BMP, TIFF or DICOM"
 _LIMITS = f"at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_IMAGE_PIXELS // 10**6} megapixels"
 _DICOM = (
@@ -25,10 +28,10 @@ _DICOM = (
     "so that the patient's right is on the image's left; what the header says of the patient is not read."
 )
 _CAVEAT = (
-    "The map shows where the *generator* reads the phrase in this image. It is no detector: it also lights up for "
-    "findings that are not there, and must not be used for any decision about a patient. *No image* is the same phrase "
-    "read on plain grey: only what exceeds it comes from your image. Upload only images that you may share; the server "
-    "deletes them within the hour."
+    "The map shows the *generator's* attention to the finding in this image. It is not a detector: it also highlights "
+    "findings that are not there, and must not be used for any decision about a patient. *No image* is the attention "
+    "on a plain grey image: only what exceeds it comes from your image. Upload only images that you may share; the "
+    "server deletes them within the hour."
 )
 
 
@@ -37,10 +40,11 @@ class GroundTab:
 
     def __init__(self, studio: Studio, domains: list[str]) -> None:
         self.studio = studio
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=320):
+        self.screens = Screens()
+        with gr.Row(equal_height=False, elem_classes="mv-work"):
+            with gr.Column(scale=4, min_width=300, elem_classes="mv-request"):
                 self._build_request(domains)
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=11, min_width=300):
                 self._build_result()
         self._wire()
 
@@ -54,21 +58,23 @@ class GroundTab:
             height=150,
             elem_id="mv-ground-image",
         )
+        self.alert = gr.HTML("", elem_id="mv-ground-alert")
         self.phrase = gr.Textbox(
             example_phrase(domains[0]),
-            label="Phrase to look for",
+            label="Finding or structure to locate",
             max_length=MAX_PROMPT_CHARS,
             elem_id="mv-ground-phrase",
         )
         self.adapter = gr.Dropdown(adapter_choices(self.studio, domains[0], grounding=True), value="", label="Adapter")
-        self.find = gr.Button("Find the phrase", variant="primary", elem_id="mv-ground-find")
+        self.find = gr.Button("Locate", variant="primary", elem_id="mv-ground-find")
         gr.Markdown(f"{_FORMATS}, {_LIMITS}. {_DICOM} {_CAVEAT}", elem_classes="mv-note")
 
     def _build_result(self) -> None:
+        self.screen = gr.State(0)  # the number of the image that is shown
         self.grounding = gr.State(None, time_to_live=STATE_LIFETIME_S)
         self.picture = gr.Image(
-            label="Where the phrase looks",
-            alt_text="The uploaded image with the phrase's heat map",
+            label="Cross-attention map of the finding",
+            alt_text="The uploaded image with the attention map of the finding",
             type="filepath",
             format="png",
             interactive=False,
@@ -83,16 +89,21 @@ class GroundTab:
                 0.1, 1.0, 0.6, step=0.1, label="Overlay opacity", min_width=180, elem_id="mv-ground-opacity"
             )
         self.table = gr.HTML("", elem_id="mv-ground-table")
-        self.box = gr.Textbox(label="Box around the brightest part, in pixels of the upright image", interactive=False)
+        self.box = gr.Textbox(
+            label="Bounding box of highest attention, in pixels of the upright image", interactive=False
+        )
         self.warnings = gr.Textbox(label="Warnings", interactive=False, visible=False, elem_classes="mv-warnings")
 
     def _wire(self) -> None:
-        results = [self.grounding, self.picture, self.legend, self.table, self.box, self.warnings]
-        self.domain.input(self._switch_domain, self.domain, [self.phrase, self.adapter, *results], **LIGHT)
-        self.image.upload(self._preview, self.image, results, **LIGHT)
-        self.find.click(
+        results = [
+            self.grounding, self.screen, self.alert, self.picture, self.legend, self.table, self.box, self.warnings
+        ]  # fmt: skip
+        asked = [self.find.click, self.phrase.submit]
+        gr.on(asked, None, js=SHOW_PICTURE)
+        located = gr.on(
+            asked,
             self._ground,
-            [self.domain, self.image, self.phrase, self.adapter, self.outlined, self.opacity],
+            [self.domain, self.image, self.screen, self.phrase, self.adapter, self.outlined, self.opacity],
             results,
             concurrency_id="model",
             concurrency_limit=1,
@@ -100,49 +111,91 @@ class GroundTab:
             show_progress_on=self.picture,
             api_visibility="private",
         )
-        look = [self.grounding, self.outlined, self.opacity]
-        self.outlined.input(self._look, look, [self.picture, self.legend], trigger_mode="always_last", **LIGHT)
-        self.opacity.release(self._look, look, [self.picture, self.legend], **LIGHT)
+        located.failure(lambda: views.alert(REFUSED), None, self.alert, **LIGHT)
+        gr.on(
+            [self.outlined.input, self.opacity.release],
+            self._look,
+            [self.grounding, self.screen, self.outlined, self.opacity],
+            [self.picture, self.legend],
+            trigger_mode="always_last",
+            **LIGHT,
+        )
+        self.domain.input(
+            self._switch_domain, [self.domain, self.image], [self.phrase, self.adapter, *results], **LIGHT
+        )
+        gr.on([self.image.upload, self.image.clear], self._preview, self.image, results, **LIGHT)
 
-    def _switch_domain(self, name: str) -> Updates:
-        return self._empty() | {
+    def leave_page(self, request: gr.Request) -> None:
+        """Forget what a closed page showed."""
+        self.screens.forget(str(request.session_hash))
+
+    def _switch_domain(self, name: str, path: str | None, request: gr.Request) -> Updates:
+        return self._preview(path, request) | {
             self.phrase: example_phrase(name),
             self.adapter: gr.update(choices=adapter_choices(self.studio, name, grounding=True), value=""),
         }
 
-    def _empty(self) -> Updates:
-        return {
+    def _preview(self, path: str | None, request: gr.Request) -> Updates:
+        """Show the upload as it is, or say why it cannot be read; what was located in another one goes."""
+        empty = {
             self.grounding: None,
+            self.screen: self.screens.change(str(request.session_hash)),
+            self.alert: "",
             self.picture: None,
             self.legend: "",
             self.table: "",
             self.box: "",
             self.warnings: gr.update(value="", visible=False),
         }
-
-    def _preview(self, path: str) -> Updates:
-        with telling():
-            image = decode_image(Path(path))
-        return self._empty() | {self.picture: served_picture(views.upload(image), "upload", synthetic=False)}
+        if not path:
+            return empty
+        try:
+            with telling():
+                image = decode_image(Path(path))
+        except gr.Error as refusal:
+            return empty | {self.alert: views.alert(refusal.message)}
+        return empty | {self.picture: served_picture(views.upload(image), "upload", synthetic=False)}
 
     def _ground(
-        self, domain: str, path: str | None, phrase: str, adapter: str, outlined: bool, opacity: float
+        self,
+        domain: str,
+        path: str | None,
+        screen: int,
+        phrase: str,
+        adapter: str,
+        outlined: bool,
+        opacity: float,
+        request: gr.Request,
     ) -> Updates:
-        with telling():
-            if not path:
-                raise InputError("there is no image yet; upload one")
-            found = self.studio.ground(domain, Path(path), phrase, adapter, cancelled=caller_has_left())
+        try:
+            with telling():
+                if not path:
+                    raise InputError("there is no image yet; upload one")
+                found = self.studio.ground(domain, Path(path), phrase, adapter, cancelled=caller_has_left())
+        except gr.Error as refusal:
+            return {self.alert: views.alert(refusal.message)}
         kept = views.shrunk(found)
-        return {
+        updates = {
+            self.alert: "",
             self.grounding: kept,
             **self._pictures(kept, outlined, opacity),
             self.table: views.grounding_table(found.regions, domain),
             self.box: _box_text(found.box),
             self.warnings: gr.update(value="\n".join(found.warnings), visible=bool(found.warnings)),
         }
+        return updates if self._still_shows(screen, request) else gr.skip()
 
-    def _look(self, kept: Grounding | None, outlined: bool, opacity: float) -> Updates:
-        return {self.legend: ""} if kept is None else self._pictures(kept, outlined, opacity)
+    def _look(
+        self, kept: Grounding | None, screen: int, outlined: bool, opacity: float, request: gr.Request
+    ) -> Updates:
+        if kept is None:
+            return {self.legend: ""}
+        updates = self._pictures(kept, outlined, opacity)
+        return updates if self._still_shows(screen, request) else gr.skip()
+
+    def _still_shows(self, screen: int, request: gr.Request) -> bool:
+        """Whether neither the domain nor the image was changed since `screen` was shown."""
+        return self.screens.shows(str(request.session_hash), screen)
 
     def _pictures(self, kept: Grounding, outlined: bool, opacity: float) -> Updates:
         look = Look(kept.phrase, outlined, opacity)

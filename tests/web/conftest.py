@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
 from medviz import Studio
 from medviz.domains import DOMAINS
 from medviz.export.examples import write_example
 from medviz.results import TABLES_NAME
 from tests.tiny import add_few_steps
+from tests.web.browsing import CHROMIUM, open_page
 
 STEPS = 2  # not as many as dermatology's few-step adapter has
 
@@ -63,3 +65,20 @@ def url(web_studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield address
     page.close()
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=["--headless", "--no-sandbox", "--disable-gpu"]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, url: str) -> Iterator[Page]:
+    opened = open_page(browser, url)
+    yield opened
+    opened.close()

@@ -1,82 +1,17 @@
 """The page in a real browser: both domains generate, a word changes the overlay, no other server is asked."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from medviz.domains import get_domain
 from tests.dicoms import dicom, ramp
+from tests.web.browsing import WAIT_MS, in_browser, set_steps, shown, wait_for_change
 from tests.web.conftest import STEPS
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = [pytest.mark.web, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
-WAIT_MS = 90_000
-expect.set_options(timeout=WAIT_MS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=CHROMIUM, headless=True, args=["--headless", "--no-sandbox", "--disable-gpu"]
-        )
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def page(browser, url: str) -> Iterator[Page]:
-    opened = browser.new_page(viewport={"width": 1280, "height": 1500})
-    opened.strangers = []
-    opened.failures = []
-    opened.on("request", lambda request: opened.strangers.append(request.url) if not _ours(request.url, url) else None)
-    opened.on("pageerror", lambda error: opened.failures.append(str(error)))
-    opened.set_default_timeout(WAIT_MS)
-    opened.goto(url)
-    # what is set before the page has filled its settings in would be set back
-    expect(opened.locator("#mv-generate")).to_be_enabled()
-    yield opened
-    opened.close()
-
-
-def _ours(address: str, url: str) -> bool:
-    return address.startswith((url, "data:", "blob:"))
-
-
-def shown(page: Page, side: str) -> str | None:
-    return page.locator(f"#mv-{side} img").first.get_attribute("src", timeout=WAIT_MS)
-
-
-def set_steps(page: Page, steps: int) -> None:
-    page.get_by_role("button", name="Settings").click()
-    box = page.locator("#mv-steps input[type=number]")
-    # An accordion fills in its parts as it opens, and a robot types before that is done: no person is so quick.
-    for _ in range(20):
-        box.fill(str(steps))
-        box.press("Tab")
-        page.wait_for_timeout(300)
-        if box.input_value() == str(steps):
-            return
-    raise AssertionError(f"the number of steps went back to {box.input_value()} 20 times")
-
-
-def wait_for_change(page: Page, side: str, before: str | None) -> str:
-    page.wait_for_function(
-        "([side, before]) => { const i = document.querySelector(`#mv-${side} img`); return i && i.src !== before; }",
-        arg=[side, _absolute(page, before)],
-        timeout=WAIT_MS,
-    )
-    return str(shown(page, side))
-
-
-def _absolute(page: Page, source: str | None) -> str | None:
-    return page.evaluate("s => s && new URL(s, document.baseURI).href", source)
+pytestmark = in_browser
 
 
 def test_the_first_screen_shows_a_stored_pair_its_words_and_the_notice(page: Page) -> None:
@@ -86,7 +21,7 @@ def test_the_first_screen_shows_a_stored_pair_its_words_and_the_notice(page: Pag
     before = shown(page, "aligned")
     page.locator("#mv-words label").nth(1).click()
     wait_for_change(page, "aligned", before)
-    expect(page.locator("#mv-progress")).to_contain_text("stored example")
+    expect(page.locator("#mv-progress")).to_contain_text("Precomputed example")
 
 
 def test_a_quick_person_is_not_overwritten_by_the_page_that_is_still_opening(browser, url: str) -> None:
@@ -104,7 +39,7 @@ def test_a_quick_person_is_not_overwritten_by_the_page_that_is_still_opening(bro
     for opening in held:
         opening.continue_()
     expect(generate).to_be_enabled()
-    expect(opened.locator("#mv-progress")).to_contain_text("stored example")
+    expect(opened.locator("#mv-progress")).to_contain_text("Precomputed example")
     expect(prompt).to_have_value("a dermoscopic image of a nevus")
     opened.close()
 
@@ -125,7 +60,7 @@ def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_pa
         for side, before in plain.items():
             wait_for_change(page, side, before)
         expect(page.locator("#mv-legend .mv-bar")).to_be_visible()
-        expect(page.locator("#mv-scores table")).to_be_visible()
+        expect(page.locator("#mv-scores table").first).to_be_visible()
         page.screenshot(path=tmp_path / f"{domain}.png", full_page=True)
         assert (tmp_path / f"{domain}.png").stat().st_size > 20_000
     assert page.strangers == [], "the page must ask no other server"
@@ -134,7 +69,7 @@ def test_both_domains_generate_and_a_word_changes_the_overlay(page: Page, tmp_pa
 
 def test_a_phrase_is_found_in_an_uploaded_radiograph_and_its_overlay_can_be_changed(page: Page, tmp_path: Path) -> None:
     (tmp_path / "chest.dcm").write_bytes(dicom(ramp(rows=120, columns=90)))
-    page.get_by_role("tab", name="Ground").click()
+    page.get_by_role("tab", name="Locate").click()
     page.locator("#mv-ground-domain label", has_text="Radiology").click()
     page.locator("#mv-ground-image input[type=file]").set_input_files(tmp_path / "chest.dcm")
     expect(page.locator("#mv-ground-picture img")).to_be_visible()
@@ -142,7 +77,9 @@ def test_a_phrase_is_found_in_an_uploaded_radiograph_and_its_overlay_can_be_chan
     page.locator("#mv-ground-phrase textarea").fill("lung opacity in the right lower zone")
     page.locator("#mv-ground-find").click()
     seen = wait_for_change(page, "ground-picture", before)
-    expect(page.get_by_label("Box around the brightest part")).to_have_value(re.compile(r"x \d+ to \d+, y \d+ to \d+"))
+    expect(page.get_by_label("Bounding box of highest attention")).to_have_value(
+        re.compile(r"x \d+ to \d+, y \d+ to \d+")
+    )
     # an untrained segmenter finds no lungs to outline: the checkbox redraws, and what is missing is said
     page.get_by_role("checkbox", name="Outline regions").check()
     outlined = wait_for_change(page, "ground-picture", seen)
@@ -198,7 +135,7 @@ def test_a_draft_follows_the_prompt_where_the_domain_can_draw_one(page: Page) ->
     before = shown(page, "aligned")
     prompt.fill("a dermoscopic image of melanoma")
     wait_for_change(page, "aligned", before)
-    expect(page.locator("#mv-progress")).to_contain_text("Done in")
+    expect(page.locator("#mv-progress")).to_contain_text("Draft done in")
     expect(drawn).to_have_value(re.compile("melanoma.*3 steps"))
     expect(page.locator("#mv-warnings textarea")).to_have_value(re.compile("Drawn in 3 steps"))
     page.locator("#mv-domain label", has_text="Radiology").click()

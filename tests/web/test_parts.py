@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medviz.domains import DOMAINS, NOT_STATED, get_domain
 from medviz.errors import Cancelled, InputError, ModelError
 from medviz.results import Drawing, Pair, Preview, RegionAttention, Score, WordAttention
-from medviz.ui import views
+from medviz.ui import generate, views
 from medviz.ui.files import served
 from medviz.ui.guard import telling
+from medviz.ui.prompt_builder import PromptBuilder
 from medviz.ui.result_panel import ResultPanel
-from medviz.ui.running import Runs, stream
+from medviz.ui.running import Run, Runs, Screens, stream
 from medviz.ui.theme import CSS
 
 SIDE = 32
@@ -52,15 +54,15 @@ def a_pair() -> Pair:
 
 
 def test_tables_say_better_worse_same_and_not_computed_and_escape_names() -> None:
-    table = views.score_table(a_pair())
+    table = views.score_tables(a_pair())
     assert "▲ +0.50 better" in table
     assert "▼ -0.25 worse" in table
     assert "same" in table
     assert views.NOT_COMPUTED in table
     assert "<i>" not in table
-    assert table.index("held out") < table.index("trained on")
+    assert table.index("Judge (held out)") < table.index("<details>") < table.index("Training reward")
     lower = replace(a_pair(), scores=(Score("Error", "judge", 0.5, 0.25, higher_is_better=False),))
-    assert "▼ -0.25 better" in views.score_table(lower)
+    assert "▼ -0.25 better" in views.score_tables(lower)
 
 
 def test_the_region_table_names_regions_and_what_is_missing() -> None:
@@ -118,7 +120,7 @@ def test_a_stream_yields_what_the_work_reports_then_its_result_or_its_error() ->
             report(step)
         return pair
 
-    assert list(stream(work)) == [*steps, pair]
+    assert list(stream(work, threading.Event())) == [*steps, pair]
 
     def fail(report: Callable[[Preview], None]) -> Pair:
         report(steps[0])
@@ -126,21 +128,52 @@ def test_a_stream_yields_what_the_work_reports_then_its_result_or_its_error() ->
 
     seen = []
     with pytest.raises(InputError):
-        seen.extend(stream(fail))
+        seen.extend(stream(fail, threading.Event()))
     assert len(list(seen)) <= 1
 
 
-def test_a_session_runs_one_thing_at_a_time_and_can_stop_it() -> None:
+def test_leaving_a_stream_stops_its_work() -> None:
+    stopped = threading.Event()
+
+    def work(report: Callable[[Preview], None]) -> Pair:
+        report(Preview(1, 2, None))
+        assert stopped.wait(20), "nobody stopped the work"
+        raise Cancelled("stopped")
+
+    found = stream(work, stopped)
+    next(found)
+    found.close()
+    assert stopped.is_set()
+
+
+def test_a_session_has_one_current_run_and_can_stop_it() -> None:
     runs = Runs()
     runs.stop("nobody")
-    with runs.running("a") as first, runs.running("b") as other, runs.running("a") as second:
-        assert first.is_set(), "a new run of the session stops the older one"
-        assert not second.is_set()
-        runs.stop("a")
-        assert second.is_set()
-        assert not other.is_set()
-    assert other.is_set(), "a run that was left counts as stopped"
-    assert runs._switches == {}
+    first, other, second = Run({}), Run({}), Run({})
+    runs.start("a", first)
+    runs.start("b", other)
+    assert runs.current("a", first.ticket) is first
+    runs.start("a", second)
+    assert first.stopped.is_set(), "a new run of the session stops the older one"
+    assert runs.current("a", first.ticket) is None
+    assert not runs.end("a", first), "its result comes too late"
+    runs.stop("a")
+    assert second.stopped.is_set()
+    assert not runs.end("a", second)
+    assert not other.stopped.is_set()
+    assert runs.end("b", other)
+    assert runs.current("b") is None
+
+
+def test_an_answer_to_what_was_shown_before_is_told_from_one_to_what_is_shown() -> None:
+    screens = Screens()
+    first, other = screens.change("a"), screens.change("b")
+    second = screens.change("a")
+    assert not screens.shows("a", first)
+    assert screens.shows("a", second)
+    assert screens.shows("b", other)
+    screens.forget("a")
+    assert not screens.shows("a", second)
 
 
 def test_served_files_are_whole_and_named_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,20 +198,83 @@ def test_looks_ask_no_other_server() -> None:
     assert "@import" not in CSS
 
 
-def test_a_run_streams_few_parts_and_the_rest_is_filled_in_once() -> None:
+def test_a_run_streams_few_parts_and_clears_what_belongs_to_the_pair_before() -> None:
     with gr.Blocks():
         panel = ResultPanel()
     pair, step = a_pair(), Preview(1, 2, None)
+    begun = panel.begin("a", "Waiting")
+    assert panel.pair not in begun, "the pair before comes back if the run fails"
+    assert set(begun) == set(panel.outputs) - {panel.pair, panel.screen}
+    assert all(begun[part] is None for part in (panel.baseline, panel.aligned, panel.slider, panel.difference))
+    assert all(not begun[button]["interactive"] for button in panel.downloads)
     assert set(panel.preview(step)) <= set(panel.streamed)
     unfinished = panel.preview(replace(step, images=(pair.baseline.image, pair.aligned.image)))
     assert set(unfinished) <= set(panel.streamed)
-    for before in (pair, None):
-        ended = panel.finish(before, "Done")
-        assert set(ended) == set(panel.streamed)
-        assert ended[panel.shown] == unfinished[panel.shown]
-        assert (ended[panel.baseline] is None) == (before is None)
-        filled = panel.fill(before, ended[panel.shown])
-        assert set(filled) == set(panel.filled)
-        assert panel.show(before, "Done").keys() == set(panel.outputs)
-        # what stands there already keeps its overlay
-        assert panel.fill(before, filled[panel.shown]) == gr.skip()
+    finished = panel.finish(pair, "Done")
+    assert set(finished) == set(panel.streamed)
+    shown = panel.show("a", pair, "Done")
+    assert set(shown) == set(panel.outputs)
+    assert [shown[side] for side in (panel.baseline, panel.aligned)] == [
+        finished[panel.baseline],
+        finished[panel.aligned],
+    ]
+    assert panel.show("a", None, "").keys() == set(panel.outputs)
+
+
+def test_files_and_overlays_that_come_too_late_are_dropped() -> None:
+    with gr.Blocks():
+        panel = ResultPanel()
+    pair, request = a_pair(), gr.Request(session_hash="a")
+    number = panel.show("a", pair, "Done")[panel.screen]
+    assert set(panel.pack(pair, number, request)) == set(panel.downloads)
+    assert panel.baseline in panel.look(pair, number, "hair", False, 0.6, request)
+    panel.begin("a", "Waiting")
+    assert panel.pack(pair, number, request) == gr.skip()
+    assert panel.look(pair, number, "hair", False, 0.6, request) == gr.skip()
+
+
+def test_a_title_marks_a_draft_and_markup_escapes_it() -> None:
+    with gr.Blocks():
+        panel = ResultPanel()
+    assert panel.show("a", a_pair(), "Done", draft=True)[panel.shown].startswith("Draft: <b>hair</b> | seed 1")
+
+
+def test_choices_that_exclude_each_other_are_settled_for_the_last_and_others_are_refused_in_words() -> None:
+    domain = get_domain("dermatology")
+    with gr.Blocks():
+        builder = PromptBuilder(domain, gr.Textbox(), gr.Textbox(), start="", visible=True)
+    place = [field.name for field in domain.fields].index("artefacts")
+
+    def write(*artefacts: str) -> tuple[str, object]:
+        chosen = [[] if field.multiple else NOT_STATED for field in domain.fields]
+        chosen[place] = list(artefacts)
+        updates = builder.write(*chosen)
+        return str(updates[builder.prompt]), updates.get(builder.menus[place])
+
+    nothing = domain.fields[place].nothing
+    prompt, menu = write("hair", "ruler", nothing)
+    assert "no visible artifacts" in prompt
+    assert menu == gr.update(value=[nothing])
+    prompt, menu = write(nothing, "hair")
+    assert "hair" in prompt
+    assert menu == gr.update(value=["hair"])
+    assert write("hair", "ruler")[1] is None
+
+    domain = get_domain("radiology")
+    with gr.Blocks():
+        builder = PromptBuilder(domain, gr.Textbox(), gr.Textbox(), start="", visible=True)
+    values = {"age_group": "child", "age": "60"}
+    refused = builder.write(*(values.get(field.name, [] if field.multiple else NOT_STATED) for field in domain.fields))
+    assert 'role="alert"' in refused[builder.alert]
+    assert builder.prompt not in refused
+
+
+@pytest.mark.parametrize("domain", sorted(DOMAINS))
+def test_every_example_has_a_caption_of_its_own(domain: str) -> None:
+    pairs = [
+        replace(a_pair(), domain=domain, prompt=example.prompt, words=get_domain(domain).parse(example.prompt).words)
+        for example in get_domain(domain).examples
+    ]
+    captions = [generate.caption(pair) for pair in pairs]
+    assert all(captions)
+    assert len(set(captions)) == len(captions)
