@@ -19,3 +19,7 @@ class StartError(MedvizError):
 
 class Cancelled(MedvizError):
     """The person who asked for the work took the request back."""
+
+
+class ExportError(MedvizError):
+    """A file cannot be written as the person or the configuration asks for."""

@@ -1,8 +1,8 @@
 """What the studio is asked and what it hands back: typed, frozen, readable without any model in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +57,14 @@ class Score:
     higher_is_better: bool = True
 
 
+def single_scores(scores: Iterable[Score]) -> list[dict[str, Any]]:
+    """Return the rows of /score: the scores of one image."""
+    return [
+        {"name": row.name, "role": row.role, "value": row.baseline, "higher_is_better": row.higher_is_better}
+        for row in scores
+    ]
+
+
 @dataclass(frozen=True)
 class RegionAttention:
     """How much of a word's attention fell on one region of either image.
@@ -104,6 +112,8 @@ class Pair:
 
     adapter: the adapter's resolved name, None when the baseline stands on both sides. guidance_scale as used.
     models: what drew and judged, per role. words: content words of the prompt that attention was kept for.
+    sampling: device, number format and steps of the drawing. versions: of Python and the libraries that drew. Both are
+    empty for a stored pair that was written without them.
     """
 
     domain: str
@@ -120,6 +130,8 @@ class Pair:
     warnings: tuple[str, ...]
     timings_s: Mapping[str, float]
     look_up: Callable[[str], WordAttention] = field(repr=False, compare=False)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def copy(self) -> "Pair":
         """Return an equal pair that shares nothing with this one that a caller could change."""
@@ -129,12 +141,19 @@ class Pair:
             baseline=self.baseline.copy(),
             aligned=self.aligned.copy(),
             timings_s=dict(self.timings_s),
+            sampling=deepcopy(self.sampling),
+            versions=dict(self.versions),
         )
 
     @property
     def outlines(self) -> dict[str, Mapping[str, Mask]]:
         """Region masks of both images: {"baseline": {region: bool (H, W)}, "aligned": {...}}."""
         return {"baseline": self.baseline.outlines, "aligned": self.aligned.outlines}
+
+    @property
+    def request(self) -> Request:
+        """What was asked, with everything that was left to a default filled in."""
+        return Request(**{each.name: getattr(self, each.name) for each in fields(Request)})
 
     def attention(self, word: str) -> WordAttention:
         """Return where a word or phrase of the prompt looked; InputError when the prompt does not hold it."""

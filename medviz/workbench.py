@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medviz.audit.provenance import versions
 from medviz.domains import Domain, get_domain
 from medviz.errors import InputError
 from medviz.generation.guidance import RECIPE_OPTIONS, Guidance
 from medviz.generation.inversion import attention_on_image
-from medviz.generation.plan import FewSteps, step_count
+from medviz.generation.plan import FewSteps, sampling_settings, step_count
 from medviz.generation.sampling import decode, latent_hw, sample
 from medviz.generation.spectrum import Spectra
 from medviz.grounding.anatomy import Segmenter
@@ -144,6 +145,10 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
         warnings=tuple(warnings),
         timings_s=timings_s,
         look_up=look_up,
+        sampling=sampling_settings(
+            models.loaded.pipeline, request.steps, models.guidance.with_scale(request.guidance_scale), few_steps
+        ),
+        versions=versions(),
     )
 
 
@@ -343,14 +348,15 @@ def brightest_box(heat_map: HeatMap, threshold: float) -> tuple[int, int, int, i
 
 def model_identity(manifest: Manifest, adapter: str | None, few_steps: FewSteps | None = None) -> dict[str, Any]:
     """Name what drew and judged: the preset, the sha256 of each part's weights (of their list when sharded), and where
-    guidance holds and what spectrum latents went through, without which the same weights draw other pictures."""
+    guidance holds and what spectrum latents went through, without which the same weights draw other pictures.
+    `configuration` is one sha256 over all other files: schedulers, tokenizers and the networks' configurations."""
     files = {**(manifest.hub.files if manifest.hub is not None else {}), **manifest.files}
     drawn_with = [f"adapters/{each}" for each in (adapter, few_steps.adapter if few_steps else None)]
     parts: dict[str, list[str]] = {}
     for name, record in sorted(files.items()):
         part = name.rpartition("/")[0]
-        if name.endswith(".safetensors") and (not part.startswith("adapters/") or part in drawn_with):
-            parts.setdefault(part, []).append(record.sha256)
+        if not part.startswith("adapters/") or part in drawn_with:
+            parts.setdefault(part if name.endswith(".safetensors") else "configuration", []).append(record.sha256)
     hashes = {
         part: found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
         for part, found in parts.items()

@@ -19,6 +19,7 @@ STAGES = {
     "methods": ("train.experiments.methods", "reinforcement learning methods side by side, at one budget"),
     "augmentation": ("train.experiments.augmentation", "does a classifier learn from synthetic pictures?"),
     "bench": ("train.benchmarks", "side-by-side measurements"),
+    "watermark": ("train.evaluate.watermark", "how often the watermark is read, found by mistake, and what it changes"),
     "counterfactuals": ("train.evaluate.counterfactual_sheet", "contact sheet of images with and without an addition"),
     "prepare": ("train.datasets.prepare", "parquet shards from the publishers' folders"),
     "assemble": ("train.assemble", "collect trained parts into assets/models/DOMAIN with its manifest"),

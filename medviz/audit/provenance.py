@@ -1,6 +1,8 @@
 """The mark of a synthetic image: a label that can be seen, and PNG text that can be read by a program."""
 
+import importlib.metadata
 import math
+import platform
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,6 +14,18 @@ from medviz.images import png_bytes
 
 LABEL_TEXT = "SYNTHETIC"
 MIN_SHOWN_SIDE_PX = 256  # smaller images are enlarged by a whole factor first: no letter is legible in 128 pixels
+LIBRARIES = (
+    "diffusers",
+    "numpy",
+    "opencv-python-headless",
+    "peft",
+    "pillow",
+    "safetensors",
+    "scipy",
+    "torch",
+    "transformers",
+)
+"""Those that decide which pixels come out."""
 _LABEL_HEIGHT = 0.07  # of the image's shorter side
 _MIN_LABEL_PX = 16
 
@@ -41,6 +55,24 @@ class Provenance:
             "Adapter": self.adapter or "none",
             "ModelSha256": self.model_sha256,
         }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of medviz, Python and LIBRARIES, and the machine's architecture; "not installed" where one is absent."""
+    return {
+        "medviz": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **{name: _version(name) for name in LIBRARIES},
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def label(image: Image.Image) -> Image.Image:

@@ -7,9 +7,20 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from ..errors import InputError
-from .base import NOT_STATED, Domain, Example, Field, Head, ParsedPrompt, Region
+from .base import NOT_STATED, Domain, Example, Field, Head, Imaging, ParsedPrompt, Region
 
-__all__ = ["DOMAINS", "NOT_STATED", "Domain", "Example", "Field", "Head", "ParsedPrompt", "Region", "get_domain"]
+__all__ = [
+    "DOMAINS",
+    "NOT_STATED",
+    "Domain",
+    "Example",
+    "Field",
+    "Head",
+    "Imaging",
+    "ParsedPrompt",
+    "Region",
+    "get_domain",
+]
 
 
 def _find_domains() -> dict[str, Domain]:

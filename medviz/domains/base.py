@@ -61,10 +61,29 @@ class Head:
 
 @dataclass(frozen=True)
 class Region:
-    """A named part of the anatomy that a segmenter can mark."""
+    """A named part of the anatomy that a segmenter can mark.
+
+    snomed: its SNOMED CT concept, empty where there is none; abnormal: whether it is a finding and no normal anatomy.
+    """
 
     name: str
     label: str
+    snomed: str = ""
+    abnormal: bool = False
+
+
+@dataclass(frozen=True)
+class Imaging:
+    """What a DICOM file says of a domain's images.
+
+    body_part: Body Part Examined, one that is no pair; empty where it differs from image to image.
+    orientation: the patient's direction along rows and along columns ("L" left, "F" feet, ...); None where no side is
+    known. grey: whether colour means nothing.
+    """
+
+    body_part: str = ""
+    orientation: tuple[str, str] | None = None
+    grey: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,7 @@ class Domain(ABC):
     heads: tuple[Head, ...]
     regions: tuple[Region, ...]
     examples: tuple[Example, ...]
+    imaging: Imaging = Imaging()
 
     lexicon: ClassVar[Lexicon]
 

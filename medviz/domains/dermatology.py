@@ -382,7 +382,11 @@ DOMAIN = Dermatology(
         *(Head(head, choice.capitalize(), "diagnosis") for choice, head in _HEAD_OF_DIAGNOSIS.items()),
         *(Head(head, choice.capitalize()) for choice, (head, _) in (ARTEFACTS | STRUCTURES).items()),
     ),
-    regions=(Region("lesion", "Lesion"), Region("border", "Lesion border"), Region("skin", "Surrounding skin")),
+    regions=(
+        Region("lesion", "Lesion", snomed="95324001", abnormal=True),
+        Region("border", "Lesion border", abnormal=True),
+        Region("skin", "Surrounding skin", snomed="39937001"),
+    ),
     examples=(
         Example("a dermoscopic image with melanoma (MEL) showing hair, ruler", 1),
         Example("a dermoscopic image with melanocytic nevus (NV) with no visible artifacts, with pigment network", 2),

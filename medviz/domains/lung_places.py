@@ -13,9 +13,10 @@ SIDES, LEVELS = ("right", "left"), ("upper", "mid", "lower")
 LOCATIONS = ("right lung", "left lung", *(f"{side} {level} zone" for level, side in product(LEVELS, SIDES)))
 LUNGS = ("right_lung", "left_lung")
 MEDIASTINUM = "mediastinum"
+_SNOMED = {"right lung": "3341006", "left lung": "44029006"}
 REGIONS = (
-    *(Region(location.replace(" ", "_"), location.capitalize()) for location in LOCATIONS),
-    Region(MEDIASTINUM, "Mediastinum"),
+    *(Region(place.replace(" ", "_"), place.capitalize(), _SNOMED.get(place, "")) for place in LOCATIONS),
+    Region(MEDIASTINUM, "Mediastinum", "72410000"),
 )
 
 # Heights of a frontal X-ray, as fractions from the top, where the upper and middle thirds of the median lung end.

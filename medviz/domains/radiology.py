@@ -12,6 +12,7 @@ from .base import (
     Example,
     Field,
     Head,
+    Imaging,
     Record,
     Values,
     items,
@@ -386,4 +387,5 @@ DOMAIN = Radiology(
         Example("a frontal chest X-ray of a 55 year old woman, COVID-19, AP view", 5),
         Example("a frontal chest X-ray of a woman, pleural effusion, PA view", 6),
     ),
+    imaging=Imaging("CHEST", ("L", "F"), grey=True),
 )

@@ -53,6 +53,8 @@ def write_example(pair: Pair, folder: Path) -> Path:
         **pair.report(),
         "regions": regions,
         "attention": [look.report() for look in looks],
+        "sampling": dict(pair.sampling),
+        "versions": dict(pair.versions),
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / EXAMPLE_NAME).write_text(text + "\n", encoding="utf-8")
@@ -128,6 +130,8 @@ def _pair(folder: Path, content: dict[str, Any]) -> Pair:
         warnings=tuple(content["warnings"]),
         timings_s=content["timings_s"],
         look_up=look_up,
+        sampling=content.get("sampling", {}),
+        versions=content.get("versions", {}),
     )
 
 

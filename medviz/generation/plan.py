@@ -6,14 +6,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from medviz.errors import ModelError
 from medviz.generation.guidance import Guidance, SemanticGuidance
 from medviz.limits import DEFAULT_GUIDANCE_SCALE
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -111,6 +112,31 @@ def parts_of(
 def step_count(pipeline: StableDiffusionPipeline, steps: int, few_steps: FewSteps | None = None) -> int:
     """How many steps `sample` takes, those of the few-step adapter's own included."""
     return sum(len(part.timesteps) for part in parts_of(pipeline, steps, 1.0, few_steps))
+
+
+def sampling_settings(
+    pipeline: StableDiffusionPipeline, steps: int, guidance: float | Guidance, few_steps: FewSteps | None
+) -> dict[str, Any]:
+    """Name what a drawing depends on beside the request and the models, in JSON's types.
+
+    device, processor (the CPU's instruction set), threads and dtype decide how sums are rounded. parts: the schedulers
+    in their order, each with its timesteps, guidance and the adapter that is on for it alone.
+    """
+    return {
+        "device": pipeline.unet.device.type,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "parts": [
+            {
+                "scheduler": type(part.scheduler).__name__,
+                "timesteps": [float(t) for t in part.timesteps],
+                "guidance": str(part.guidance),
+                "adapter": part.adapter,
+            }
+            for part in parts_of(pipeline, steps, guidance, few_steps)
+        ],
+    }
 
 
 def semantic_of(parts: Sequence[Part]) -> SemanticGuidance | None:

@@ -9,6 +9,7 @@ from medviz.errors import InputError
 from medviz.export.archive import image_png, overlay_png
 from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from medviz.rendering import draw_box, overlay
+from medviz.results import single_scores
 from medviz.studio import Studio
 from medviz.ui import views
 from medviz.ui.files import served, served_picture
@@ -116,11 +117,7 @@ class Endpoints:
         with telling():
             path = _path(image)
             scores = await computed(lambda cancelled: self.studio.score(domain, path, prompt, cancelled=cancelled))
-        rows = [
-            {"name": row.name, "role": row.role, "value": row.baseline, "higher_is_better": row.higher_is_better}
-            for row in scores
-        ]
-        return {"scores": rows}
+        return {"scores": single_scores(scores)}
 
 
 def _as_sent(component: gr.components.Component) -> gr.components.Component:

@@ -9,51 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medviz.audit.watermark import is_marked
 from medviz.domains import DOMAINS
 from medviz.errors import InputError, ModelError
 from medviz.export.archive import archive, image_png, overlay_png, report_json
 from medviz.export.examples import read_example, read_examples, write_example
-from medviz.results import Drawing, Pair, RegionAttention, Score, WordAttention
-
-SIDE = 48
-PROMPT = "a dermoscopic image with melanoma (MEL) showing hair"
-
-
-def noise_image(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
-
-
-def heat_map(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).random((SIDE, SIDE)).astype(np.float32)
-
-
-def look_up(word: str) -> WordAttention:
-    if word not in ("melanoma", "hair"):
-        raise InputError(f"{word} is not in the prompt")
-    figures = (RegionAttention("lesion", 0.4, 0.6, None, 1.5),)
-    return WordAttention(word, heat_map(len(word)), heat_map(len(word) + 9), figures)
+from medviz.results import Drawing, Pair
+from tests.pairs import make_pair, noise_image
 
 
 @pytest.fixture
 def pair() -> Pair:
-    lesion = np.zeros((SIDE, SIDE), bool)
-    lesion[10:30, 12:40] = True
-    return Pair(
-        domain="dermatology",
-        prompt=PROMPT,
-        seed=7,
-        steps=20,
-        guidance_scale=3.0,
-        adapter="attribute",
-        models={"preset": "tiny", "unet": "ab" * 32},
-        words=("melanoma", "hair"),
-        baseline=Drawing(noise_image(1), {"lesion": lesion, "skin": ~lesion}),
-        aligned=Drawing(noise_image(2), {"lesion": ~lesion, "skin": lesion}),
-        scores=(Score("Hair", "reward", 0.25, None), Score("Hair", "judge", 0.5, 0.75)),
-        warnings=("careful",),
-        timings_s={"total": 1.5},
-        look_up=look_up,
-    )
+    return make_pair()
 
 
 def test_pngs_carry_their_label_and_how_they_were_made(pair: Pair) -> None:
@@ -80,10 +47,20 @@ def test_the_archive_holds_everything_and_the_same_pair_gives_the_same_bytes(pai
     with zipfile.ZipFile(io.BytesIO(archive(pair))) as packed:
         assert set(packed.namelist()) == {
             "baseline.png", "aligned.png", "pixels/baseline.png", "pixels/aligned.png",
-            "figure.png", "report.json", "NOTICE.txt",
+            "maps/01-baseline.png", "maps/01-aligned.png", "maps/02-baseline.png", "maps/02-aligned.png",
+            "overlays/01-baseline.png", "overlays/01-aligned.png",
+            "overlays/02-baseline.png", "overlays/02-aligned.png",
+            "figure.png", "report.json", "manifest.json", "NOTICE.txt",
         }  # fmt: skip
         assert b"Not for diagnosis" in packed.read("NOTICE.txt")
         report = json.loads(packed.read("report.json"))
+        with Image.open(io.BytesIO(packed.read("maps/02-aligned.png"))) as image:
+            assert np.abs(np.asarray(image) / 65535 - pair.attention("hair").aligned).max() <= 0.5 / 65535 + 1e-7
+            assert (image.text["Word"], image.text["Synthetic"]) == ("hair", "yes")
+        with Image.open(io.BytesIO(packed.read("aligned.png"))) as image:
+            assert is_marked(image)
+        with Image.open(io.BytesIO(packed.read("pixels/aligned.png"))) as image:
+            assert image.tobytes() == pair.aligned.image.tobytes()
         with Image.open(io.BytesIO(packed.read("figure.png"))) as image:
             assert image.text["Synthetic"] == "yes"
             assert image.height > image.width, "images, then a row for each word"
