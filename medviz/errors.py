@@ -13,5 +13,9 @@ class ModelError(MedvizError):
     """A model folder is missing, damaged, incompatible or not to be trusted."""
 
 
+class StudyError(MedvizError):
+    """The protocol, an image or the answers of a reader study are missing, changed or damaged."""
+
+
 class Cancelled(MedvizError):
     """The person who asked for the work took the request back."""

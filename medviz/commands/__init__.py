@@ -1,0 +1,1 @@
+"""`python -m medviz COMMAND`: one module for each command, each with `main(arguments)`."""
