@@ -111,17 +111,13 @@ def complete_scores(table: "pd.DataFrame", cases: Sequence[str]) -> Scores:
     return Scores(tuple(map(str, wide.index)), wide.to_numpy(dtype=np.float64))
 
 
-def scores_by_arm(
-    protocol: Protocol, table: "pd.DataFrame"
-) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]]]:
+def scores_by_arm(protocol: Protocol, table: "pd.DataFrame") -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]]]:
     """Readers who answered every image, and their scores of each arm, (readers, images), in the protocol's order."""
     keys: dict[Arm, list[str]] = {arm: [case.key for case in protocol.cases] for arm in SYNTHETIC_ARMS}
     keys["real"] = [image.key for image in protocol.real]
     arms = {arm: complete_scores(table[table["arm"] == arm], cases) for arm, cases in keys.items() if cases}
     readers = tuple(reader for reader in arms["aligned"].readers if all(reader in arm.readers for arm in arms.values()))
-    return readers, {
-        name: arm.values[[arm.readers.index(reader) for reader in readers]] for name, arm in arms.items()
-    }
+    return readers, {name: arm.values[[arm.readers.index(reader) for reader in readers]] for name, arm in arms.items()}
 
 
 def all_scores(table: "pd.DataFrame") -> NDArray[np.float64]:

@@ -83,8 +83,8 @@ def claim_checklist(result: Mapping[str, Any]) -> list[ChecklistItem]:
         "either from real images, and whether rated quality is equivalent.",
         5: "Prospective reading of synthetic images under a protocol that was frozen before the first reader.",
         6: "Comparison of two models by blinded readers.",
-        9: f"Every image is shown as an RGB PNG of {study['size_px']} px without metadata; real images are cut to their "
-        "central square.",
+        9: f"Every image is shown as an RGB PNG of {study['size_px']} px without metadata; real images are cut to "
+        "their central square.",
         10: f"Prompts balanced over {len(study['strata'])} strata: {strata}.",
         12: "Figures by the method of Obuchowski and Rockette rest on readers who completed a phase; the mixed model "
         "takes every answer. Practice is left out.",
@@ -96,8 +96,8 @@ def claim_checklist(result: Mapping[str, Any]) -> list[ChecklistItem]:
         23: software + ".",
         28: "Preference score; AUC, sensitivity, specificity and balanced accuracy of detection; mean quality rating.",
         29: "95 % intervals with readers and cases random; two one-sided tests for equivalence. See Methods.",
-        35: f"{study['cases']} cases, {study['real_images']} real images, {study['practice_cases']} practice cases left "
-        f"out, {len(result['readers'])} readers.",
+        35: f"{study['cases']} cases, {study['real_images']} real images, {study['practice_cases']} practice cases "
+        f"left out, {len(result['readers'])} readers.",
         37: "See Results.",
         40: "See Limits.",
         42: f"Protocol with sha256 {study['protocol_sha256']}.",

@@ -126,9 +126,7 @@ def draw_up(
     return protocol
 
 
-def _real_images(
-    folder: Path | None, size_px: int, seed: int
-) -> tuple[tuple[RealImage, ...], tuple[RealImage, ...]]:
+def _real_images(folder: Path | None, size_px: int, seed: int) -> tuple[tuple[RealImage, ...], tuple[RealImage, ...]]:
     """(practice, the others): which are practice is a matter of the seed."""
     if folder is None:
         return (), ()

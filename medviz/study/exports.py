@@ -4,6 +4,8 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from medviz.errors import StudyError
 from medviz.study.answers import first_answers, scores_by_arm
 from medviz.study.protocol import SYNTHETIC_ARMS, Protocol
@@ -40,10 +42,10 @@ def imrmc_input(protocol: Protocol, table: "pd.DataFrame") -> str:
     text.write(f"NR: {len(readers)}\nN0: {negatives}\nN1: {positives}\nNM: {len(SYNTHETIC_ARMS)}\n\nBEGIN DATA:\n")
     rows = csv.writer(text, lineterminator="\n")
     cases = range(1, negatives + positives + 1)
+    columns = [np.hstack([scores["real"], scores[arm]]) for arm in SYNTHETIC_ARMS]
     rows.writerows((-1, case, 0, int(case > negatives)) for case in cases)
     for reader in range(len(readers)):
         for case in cases:
-            for modality, arm in enumerate(SYNTHETIC_ARMS, 1):
-                score = scores["real"][reader, case - 1] if case <= negatives else scores[arm][reader, case - negatives - 1]
-                rows.writerow((reader + 1, case, modality, int(score)))
+            for modality, column in enumerate(columns, 1):
+                rows.writerow((reader + 1, case, modality, int(column[reader, case - 1])))
     return text.getvalue()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from scipy import stats
 
-from medviz.study.mrmc import LEVEL, Estimate
+from medviz.study.mrmc import LEVEL, SHARE, Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,15 +24,15 @@ class MixedModel:
     answers: int
 
 
-def fit_mean(table: "pd.DataFrame", level: float = LEVEL) -> MixedModel | None:
-    """Fit the mean of column `score` with crossed effects of `reader` and `case`; readers may have gaps.
+def fit_mean(table: "pd.DataFrame", level: float = LEVEL, limits: tuple[float, float] = SHARE) -> MixedModel | None:
+    """Fit the mean of `score`, within `limits`, with crossed effects of `reader` and `case`; readers may have gaps.
 
     Degrees of freedom are those of `medviz.study.mrmc` written in variance components, so that in a complete study
     the interval is the one of Obuchowski and Rockette. Few readers thus give few degrees of freedom, where the model's
     own normal interval would be too narrow. None with fewer than two readers or cases, or where all scores agree.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
-    from statsmodels.tools.sm_exceptions import ConvergenceWarning
+    from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
     readers, cases = table["reader"].nunique(), table["case"].nunique()
     if readers < 2 or cases < 2 or table["score"].nunique() < 2:
@@ -46,6 +46,7 @@ def fit_mean(table: "pd.DataFrame", level: float = LEVEL) -> MixedModel | None:
     with warnings.catch_warnings():
         # A component of zero lies on the boundary; that is an answer, not a failure.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", SingularMatrixWarning)
         fit = model.fit(reml=True, method="lbfgs")
     component = dict(zip(model.exog_vc.names, map(float, fit.vcomp), strict=True))
     count = len(table)
@@ -57,7 +58,7 @@ def fit_mean(table: "pd.DataFrame", level: float = LEVEL) -> MixedModel | None:
     value, error = float(fit.fe_params.iloc[0]), float(fit.bse_fe.iloc[0])
     half = float(stats.t.ppf((1 + level) / 2, df)) * error if error > 0 else math.nan
     return MixedModel(
-        Estimate(value, error, df, value - half, value + half, readers, cases),
+        Estimate(value, error, df, max(value - half, limits[0]), min(value + half, limits[1]), readers, cases),
         component["reader"],
         component["case"],
         float(fit.scale),

@@ -7,7 +7,7 @@ preference and mean rating go through one function.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from medviz.errors import InputError
 
 Values = NDArray[np.float64]
 LEVEL = 0.95
+SHARE = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,16 @@ class Estimate:
 class Figure:
     """A figure of merit of R readers. values (R,); parts: one (R, n) array for each independent sample of cases.
 
-    The covariance of the values over cases is the sum of the parts' covariances over n. Figures of the same readers and
-    cases can be subtracted.
+    The covariance of the values over cases is the sum of the parts' covariances over n. limits: what a value can be, at
+    which intervals end. Figures of the same readers and cases can be subtracted.
     """
 
     values: Values
     parts: tuple[Values, ...]
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
     def __sub__(self, other: "Figure") -> "Figure":
-        return Figure(
-            self.values - other.values, tuple(a - b for a, b in zip(self.parts, other.parts, strict=True))
-        )
+        return Figure(self.values - other.values, tuple(a - b for a, b in zip(self.parts, other.parts, strict=True)))
 
     @property
     def covariance(self) -> Values:
@@ -66,22 +66,24 @@ class Figure:
 
     def of_reader(self, index: int) -> "Figure":
         """The figure of one reader alone."""
-        return Figure(self.values[[index]], tuple(part[[index]] for part in self.parts))
+        return Figure(self.values[[index]], tuple(part[[index]] for part in self.parts), self.limits)
 
     def estimate(self, level: float = LEVEL) -> Estimate:
         """The mean over readers: readers and cases random, or the one reader fixed where there is only one."""
-        return random_readers(self.values, self.covariance, sum(part.shape[1] for part in self.parts), level)
+        found = random_readers(self.values, self.covariance, sum(part.shape[1] for part in self.parts), level)
+        low, high = np.clip((found.low, found.high), *self.limits)
+        return replace(found, low=float(low), high=float(high))
 
 
 def auc(positive: Values, negative: Values) -> Figure:
     """Area under the ROC curve of each reader, ties counted half. positive (R, n1) and negative (R, n0): scores."""
     wins = (positive[:, :, None] > negative[:, None, :]) + 0.5 * (positive[:, :, None] == negative[:, None, :])
-    return Figure(wins.mean(axis=(1, 2)), (wins.mean(axis=2), wins.mean(axis=1)))
+    return Figure(wins.mean(axis=(1, 2)), (wins.mean(axis=2), wins.mean(axis=1)), SHARE)
 
 
-def mean(scores: Values) -> Figure:
-    """Mean of each reader's scores (R, n)."""
-    return Figure(scores.mean(axis=1), (scores,))
+def mean(scores: Values, limits: tuple[float, float] = SHARE) -> Figure:
+    """Mean of each reader's scores (R, n), all within `limits`."""
+    return Figure(scores.mean(axis=1), (scores,), limits)
 
 
 def mean_difference(first: Values, second: Values) -> Figure:
@@ -101,12 +103,11 @@ def random_readers(values: Values, covariance: Values, cases: int, level: float 
     """
     readers = len(values)
     if readers == 1:
-        error = math.sqrt(float(covariance[0, 0]))
-        return _bounded(float(values[0]), error, math.inf, 1, cases, level)
+        return _bounded(float(values[0]), math.sqrt(float(covariance[0, 0])), math.inf, 1, cases, level)
     own, total = np.trace(covariance) / readers, covariance.sum()
     between = (total - readers * own) / (readers * (readers - 1))
-    value, error, df = _interval(values.mean(), values.var(ddof=1), own, between, readers)
-    return _bounded(float(value), float(error), float(df), readers, cases, level)
+    error, df = _spread(np.asarray(values.var(ddof=1)), np.asarray(own), np.asarray(between), readers)
+    return _bounded(float(values.mean()), float(error), float(df), readers, cases, level)
 
 
 def crossed_means(scores: Values, level: float = LEVEL) -> tuple[Values, Values, Values]:
@@ -119,15 +120,14 @@ def crossed_means(scores: Values, level: float = LEVEL) -> tuple[Values, Values,
     own = scores.var(axis=-1, ddof=1).mean(axis=-1) / cases
     total = scores.sum(axis=-2).var(axis=-1, ddof=1) / cases
     between = (total - readers * own) / (readers * (readers - 1))
-    value, error, df = _interval(values.mean(axis=-1), values.var(axis=-1, ddof=1), own, between, readers)
+    error, df = _spread(values.var(axis=-1, ddof=1), own, between, readers)
+    value = values.mean(axis=-1)
     half = stats.t.ppf((1 + level) / 2, df) * np.where(error > 0, error, np.nan)
     return value, value - half, value + half
 
 
-def _interval(
-    value: Values, reader_variance: Values, own: Values, between: Values, readers: int
-) -> tuple[Values, Values, Values]:
-    """(value, standard error, degrees of freedom), element by element.
+def _spread(reader_variance: Values, own: Values, between: Values, readers: int) -> tuple[Values, Values]:
+    """(standard error, degrees of freedom) of means over readers, element by element.
 
     reader_variance: MS(R). own, between: mean variance of a reader's value over cases, and covariance of two readers'.
     """
@@ -135,7 +135,7 @@ def _interval(
     variance = mean_square + np.maximum(readers * between, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         df = np.where(mean_square > 0, variance**2 / (mean_square**2 / (readers - 1)), np.inf)
-    return value, np.sqrt(variance / readers), df
+    return np.sqrt(variance / readers), df
 
 
 def _bounded(value: float, error: float, df: float, readers: int, cases: int, level: float) -> Estimate:

@@ -15,10 +15,10 @@ _GREY = "#8a8a8a"
 
 
 def forest(rows: Sequence[tuple[str, Mapping[str, Any] | None]], null: float, label: str) -> str:
-    """Estimates with their intervals, one below the other, the first in bold: the whole study. null: a vertical line."""
+    """Estimates with their intervals, one a line, the first, of the whole study, in colour. null: a vertical line."""
     shown = [(name, estimate) for name, estimate in rows if estimate is not None]
     figure, axes = _axes(6.4, 0.9 + 0.32 * len(shown))
-    for place, (name, estimate) in enumerate(shown):
+    for place, (_, estimate) in enumerate(shown):
         colour = COLOURS["aligned"] if place == 0 else _GREY
         if estimate["low"] is not None:
             axes.plot([estimate["low"], estimate["high"]], [place, place], color=colour, linewidth=2)
@@ -32,7 +32,7 @@ def forest(rows: Sequence[tuple[str, Mapping[str, Any] | None]], null: float, la
 
 
 def roc(curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> str:
-    """ROC curves averaged over readers at the thresholds. curves: arm -> (positive (R, n1), negative (R, n0)) scores."""
+    """ROC curves averaged over readers at each threshold. curves: arm -> positive (R, n1), negative (R, n0) scores."""
     figure, axes = _axes(4.4, 4.2)
     for arm, (positive, negative) in curves.items():
         cuts = np.arange(7, 0, -1)[:, None, None]

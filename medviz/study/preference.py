@@ -26,7 +26,7 @@ _REGULARISATION = 0.01  # of Bradley-Terry strengths, so that an unbeaten model 
 
 
 def analyse_preference(protocol: Protocol, table: "pd.DataFrame") -> dict[str, Any]:
-    """Preference for the aligned image, 1, 0.5 for no difference, 0 for the baseline, with readers and cases crossed."""
+    """Score 1 for the aligned image, 0.5 for no difference, 0 for the baseline, with readers and cases crossed."""
     first = first_answers(table, "preference")
     keys = [case.key for case in protocol.cases]
     scores, model = complete_scores(first, keys), fit_mean(first)
@@ -48,7 +48,9 @@ def analyse_preference(protocol: Protocol, table: "pd.DataFrame") -> dict[str, A
         "intra_reader": intra_reader(table, "preference", CATEGORIES, protocol.seed),
         "inter_reader": {
             "krippendorff_alpha": asdict(krippendorff_alpha(all_scores(first), protocol.seed)),
-            "fleiss_kappa": asdict(inter_reader_kappa(scores.values, protocol.seed)) if len(scores.readers) > 1 else None,
+            "fleiss_kappa": asdict(inter_reader_kappa(scores.values, protocol.seed))
+            if len(scores.readers) > 1
+            else None,
         },
     }
 
@@ -105,7 +107,7 @@ def _reader(rows: "pd.DataFrame") -> dict[str, Any]:
 
 
 def _group(rows: "pd.DataFrame") -> dict[str, Any]:
-    """Mean score of complete readers with its interval; without interval for a single case or where none is complete."""
+    """Mean score of complete readers with its interval; no interval for a single case or where none is complete."""
     scores = complete_scores(rows, sorted(rows["case"].unique()))
     if scores.readers and scores.values.shape[1] > 1:
         return asdict(mrmc.mean(scores.values).estimate())

@@ -173,7 +173,9 @@ def read_protocol(folder: Path) -> Protocol:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyError(f"{folder} holds no {PROTOCOL_NAME}; make one with `python -m medviz study protocol`") from None
+        raise StudyError(
+            f"{folder} holds no {PROTOCOL_NAME}; make one with `python -m medviz study protocol`"
+        ) from None
     except ValueError as error:
         raise StudyError(f"{path} is not JSON: {error}") from error
     try:
@@ -194,24 +196,21 @@ def _parse(content: Mapping[str, Any]) -> Protocol:
     unknown = set(content) - {field.name for field in fields(Protocol)}
     if unknown:
         raise TypeError(f"unknown fields {sorted(unknown)}")
-    return Protocol(
-        **{
-            **content,
-            "tasks": tuple(
-                Task(**{**task, "choices": tuple(Choice(**choice) for choice in task["choices"])})
-                for task in content["tasks"]
-            ),
-            "cases": tuple(map(_case, content["cases"])),
-            "practice": tuple(map(_case, content["practice"])),
-            "real": tuple(RealImage(**image) for image in content["real"]),
-            "practice_real": tuple(RealImage(**image) for image in content["practice_real"]),
-        }
-    )
+    parts = {
+        "tasks": tuple(
+            Task(**{**task, "choices": tuple(Choice(**choice) for choice in task["choices"])})
+            for task in content["tasks"]
+        ),
+        "cases": tuple(map(_case, content["cases"])),
+        "practice": tuple(map(_case, content["practice"])),
+        "real": tuple(RealImage(**image) for image in content["real"]),
+        "practice_real": tuple(RealImage(**image) for image in content["practice_real"]),
+    }
+    return Protocol(**{**content, **parts})
 
 
 def _case(content: Mapping[str, Any]) -> Case:
-    pictures = {arm: Picture(**content[arm]) for arm in SYNTHETIC_ARMS}
-    return Case(**{**content, **pictures})
+    return Case(**{**content, "baseline": Picture(**content["baseline"]), "aligned": Picture(**content["aligned"])})
 
 
 def _check_unique(items: list[Case | RealImage]) -> None:

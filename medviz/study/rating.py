@@ -1,5 +1,6 @@
 """Analysis of the rating phase: quality by arm, and whether arms are equivalent within the protocol's margin."""
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,12 @@ def analyse_rating(protocol: Protocol, table: "pd.DataFrame") -> dict[str, Any]:
     if not readers:
         return {"readers": 0}
     arms = list(scores)
-    differences = {"aligned_less_baseline": mrmc.mean(scores["aligned"]) - mrmc.mean(scores["baseline"])}
+    differences = {"aligned_less_baseline": _mean(scores["aligned"]) - _mean(scores["baseline"])}
     if "real" in arms:
         differences |= {f"{arm}_less_real": mrmc.mean_difference(scores[arm], scores["real"]) for arm in SYNTHETIC_ARMS}
     return {
         "readers": len(readers),
-        "arms": {arm: asdict(mrmc.mean(scores[arm]).estimate()) for arm in arms},
+        "arms": {arm: asdict(_mean(scores[arm]).estimate()) for arm in arms},
         "shares": {
             arm: {str(int(value)): float((scores[arm] == value).mean()) for value in CATEGORIES} for arm in arms
         },
@@ -43,7 +44,9 @@ def analyse_rating(protocol: Protocol, table: "pd.DataFrame") -> dict[str, Any]:
                 "means": {arm: float(scores[arm][number].mean()) for arm in arms},
                 "aligned_less_baseline": asdict(differences["aligned_less_baseline"].of_reader(number).estimate()),
                 "equivalence_p": {
-                    arm: _reader_equivalence(scores["aligned"][number], scores[arm][number], arm, protocol.rating_margin)
+                    arm: _reader_equivalence(
+                        scores["aligned"][number], scores[arm][number], arm == "baseline", protocol.rating_margin
+                    )
                     for arm in arms
                     if arm != "aligned"
                 },
@@ -60,6 +63,10 @@ def analyse_rating(protocol: Protocol, table: "pd.DataFrame") -> dict[str, Any]:
     }
 
 
+def _mean(scores: np.ndarray) -> mrmc.Figure:
+    return mrmc.mean(scores, (CATEGORIES[0], CATEGORIES[-1]))
+
+
 def _difference(figure: mrmc.Figure, margin: float) -> dict[str, Any]:
     estimate = figure.estimate()
     return {
@@ -69,9 +76,14 @@ def _difference(figure: mrmc.Figure, margin: float) -> dict[str, Any]:
     }
 
 
-def _reader_equivalence(aligned: np.ndarray, other: np.ndarray, arm: str, margin: float) -> float:
-    """p of one reader's two one-sided t tests (pingouin), paired with the baseline and unpaired with real images."""
+def _reader_equivalence(aligned: np.ndarray, other: np.ndarray, paired: bool, margin: float) -> float:
+    """p of one reader's two one-sided t tests (pingouin), paired with the baseline and unpaired with real images.
+
+    NaN for a reader whose answers have no spread.
+    """
     import pingouin
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(pingouin.tost(aligned, other, bound=margin, paired=arm == "baseline")["pval"].iloc[0])
+    spread = np.ptp(aligned - other) if paired else np.ptp(aligned) + np.ptp(other)
+    if not spread:
+        return math.nan
+    return float(pingouin.tost(aligned, other, bound=margin, paired=paired)["pval"].iloc[0])

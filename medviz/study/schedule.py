@@ -7,6 +7,7 @@ Python and NumPy.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 from medviz.study.protocol import SYNTHETIC_ARMS, Arm, Case, Phase, Protocol, RealImage
@@ -102,7 +103,7 @@ def _single_quarters(protocol: Protocol, phase: Phase, label: str) -> list[list[
 def _split(items: Sequence[T]) -> list[list[T]]:
     """Four parts that differ in length by one at most, the order kept."""
     bounds = [len(items) * n // 4 for n in range(5)]
-    return [list(items[first:last]) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [list(items[first:last]) for first, last in pairwise(bounds)]
 
 
 def _shuffled(items: Sequence[T], label: str, name: Callable[[T], str]) -> list[T]:

@@ -49,7 +49,7 @@ class Behaviour:
     def true_auc(self, arm: str) -> float:
         """Expected AUC of the six levels of confidence, ties counted half."""
         positive, negative = (
-            np.diff(norm.cdf(self._cuts / self.spread - mean / self.spread), prepend=0.0, append=1.0)
+            np.diff(norm.cdf(self.confidence_cuts / self.spread - mean / self.spread), prepend=0.0, append=1.0)
             for mean in (self.detectability[arm], self.detectability["real"])
         )
         lower = np.cumsum(negative) - negative
@@ -57,13 +57,14 @@ class Behaviour:
 
     def true_accuracy(self, arm: str) -> float:
         """Expected mean of sensitivity and specificity."""
-        middle = self._cuts[2] / self.spread
+        middle = self.confidence_cuts[2] / self.spread
         sensitivity = norm.sf(middle - self.detectability[arm] / self.spread)
         specificity = norm.cdf(middle - self.detectability["real"] / self.spread)
         return float((sensitivity + specificity) / 2)
 
     @property
-    def _cuts(self) -> Values:
+    def confidence_cuts(self) -> Values:
+        """(5,): latent values between the six levels of confidence."""
         return _CUTS + np.mean(list(self.detectability.values()))
 
 
@@ -75,7 +76,10 @@ def behaviour_for(preference: float, ties: float, reader_sd: float, case_sd: flo
             f"got {preference:g}, {ties:g}, {reader_sd:g} and {case_sd:g}"
         )
     if not ties / 2 < preference < 1 - ties / 2:
-        raise InputError(f"with a share of {ties:g} without difference the score lies within {ties / 2:g} and {1 - ties / 2:g}")
+        raise InputError(
+            f"with a share of {ties:g} without difference the preference must lie between {ties / 2:g} and "
+            f"{1 - ties / 2:g}, got {preference:g}"
+        )
     # Shares above and below the band fix both the mean and the band.
     above, below = norm.ppf(preference - ties / 2), norm.ppf(1 - preference - ties / 2)
     spread = Behaviour(reader_sd=reader_sd, case_sd=case_sd).spread
@@ -112,12 +116,12 @@ class Readers:
     def confidence(self, arm: str) -> Values:
         """Confidence 1 to 6 that images of an arm are synthetic."""
         latent = self._occasion(self._detection[arm]) + self.behaviour.detectability[arm]
-        return 1.0 + np.searchsorted(self.behaviour._cuts, latent)
+        return _levels(self.behaviour.confidence_cuts, latent)
 
     def rating(self, arm: str) -> Values:
         """Quality 1 to 5 of images of an arm."""
         latent = self._occasion(self._rating[arm]) + self.behaviour.quality[arm]
-        return 1.0 + np.searchsorted(_RATING_CUTS, latent)
+        return _levels(_RATING_CUTS, latent)
 
     def _effects(self, studies: int, readers: int, cases: int) -> Values:
         of_readers = self._rng.normal(0, self.behaviour.reader_sd, (studies, readers, 1))
@@ -125,6 +129,11 @@ class Readers:
 
     def _occasion(self, effects: Values) -> Values:
         return effects + self._rng.normal(size=effects.shape)
+
+
+def _levels(cuts: Values, latent: Values) -> Values:
+    """Levels from 1 of latent values, as floats."""
+    return (np.searchsorted(cuts, latent) + 1).astype(np.float64)
 
 
 def run_simulated(study: Study, readers: int, behaviour: Behaviour, seed: int) -> None:

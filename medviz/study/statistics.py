@@ -33,11 +33,11 @@ def analyse(protocol: Protocol, store: Store) -> dict[str, Any]:
             raise StudyError(f"{store.path} holds no answers besides practice; there is nothing to analyse")
         analyses = {"rating": analyse_rating, "detection": analyse_detection, "preference": analyse_preference}
         answered = set(table.loc[~table["practice"], "phase"])
-        phases = {
+        phases: dict[str, Any] = {
             task.phase: analyses[task.phase](protocol, table) if task.phase in answered else None
             for task in protocol.tasks
         }
-        result = {
+        result: dict[str, Any] = {
             "medviz": __version__,
             "packages": _versions(),
             "study": describe(protocol),

@@ -6,7 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Store:
         code = new_code()
         with self._transaction() as connection:
             connection.execute(
-                "INSERT INTO readers (id, specialty, years, display, simulated, consented_at) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO readers VALUES (NULL, ?, ?, ?, ?, ?, ?)",
                 (reader_id(code), specialty, years, display, int(simulated), _now()),
             )
         return code
@@ -164,37 +164,21 @@ class Store:
             if answer.position != following:
                 raise InputError(f"the next item is {following + 1}, got an answer to {answer.position + 1}")
             connection.execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    answer.reader,
-                    answer.position,
-                    answer.item,
-                    answer.phase,
-                    answer.case_key,
-                    answer.arms,
-                    int(answer.practice),
-                    int(answer.is_repeat),
-                    answer.value,
-                    answer.response_ms,
-                    answer.zoom,
-                    answer.display,
-                    answer.answered_at or _now(),
-                ),
+                f"INSERT INTO answers VALUES ({', '.join('?' * len(fields(Answer)))})",
+                astuple(replace(answer, answered_at=answer.answered_at or _now())),
             )
 
     def readers(self) -> list[Reader]:
         """All readers, in the order of consent."""
         with self._connection() as connection:
-            rows = connection.execute(
-                "SELECT number, id, specialty, years, display, simulated, consented_at FROM readers ORDER BY number"
-            ).fetchall()
-        return [Reader(number, key, *rest, bool(simulated), at) for number, key, *rest, simulated, at in rows]
+            rows = connection.execute("SELECT * FROM readers ORDER BY number").fetchall()
+        return [replace(Reader(*row), simulated=bool(row[5])) for row in rows]
 
     def answers(self) -> list[Answer]:
         """All answers, by reader and position."""
         with self._connection() as connection:
             rows = connection.execute("SELECT * FROM answers ORDER BY reader, position").fetchall()
-        return [Answer(*row[:6], bool(row[6]), bool(row[7]), *row[8:]) for row in rows]
+        return [replace(Answer(*row), practice=bool(row[6]), is_repeat=bool(row[7])) for row in rows]
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

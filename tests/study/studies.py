@@ -15,10 +15,7 @@ ADAPTER = "attribute"
 
 def draw_noise(prompts: Sequence[str], seeds: Sequence[int], adapter: str | None) -> list[Image.Image]:
     """Different noise for every prompt, seed and adapter."""
-    return [
-        noise_image([seed, int(adapter is None), len(prompt)])
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    return [noise_image([seed, int(adapter is None), len(prompt)]) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def noise_image(seed: int | list[int], size_px: int = SIZE_PX) -> Image.Image:
@@ -33,21 +30,18 @@ def make_real_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def make_study(
-    folder: Path, cases: int = 12, real: int = 0, phases: Sequence[str] = PHASES, seed: int = 7, domain: str = "dermatology"
-) -> Protocol:
-    """A study in `folder`; its real images, if any, in the folder `real` beside it."""
-    real_folder = folder.parent / f"{folder.name}-real"
+def make_study(folder: Path, cases: int = 12, real: int = 0, phases: Sequence[str] = PHASES, seed: int = 7) -> Protocol:
+    """A dermatology study in `folder`; its real images, if any, in the folder of `real_folder_of`."""
     return draw_up(
         folder,
-        domain,
+        "dermatology",
         draw_noise,
         adapter=ADAPTER,
         models={"sha256": "0" * 64, "steps": 1, "guidance_scale": 1.0},
         cases=cases,
         seed=seed,
         phases=[phase for phase in phases if real or phase != "detection"],
-        real_folder=make_real_images(real_folder, real) if real else None,
+        real_folder=make_real_images(real_folder_of(folder), real) if real else None,
     )
 
 
