@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PRACTICE_PAIRS = 2
 PRACTICE_REAL = 2
 _MAX_TRIES = 5000  # records drawn for one prompt
+_UNDRAWN = Picture("undrawn", "0" * 64)
 
 Draw = Callable[[Sequence[str], Sequence[int], str | None], "list[Image.Image]"]
 """(prompts, seeds, adapter; None is the baseline) -> unlabelled images, as `Studio.generate` draws them."""
@@ -85,25 +87,17 @@ def draw_up(
     unknown = sorted(set(phases) - set(TASKS))
     if unknown:
         raise InputError(f"unknown phases {', '.join(unknown)}; allowed: {', '.join(PHASES)}")
-    if cases < MIN_CASES:
-        raise InputError(f"a study needs at least {MIN_CASES} cases, got {cases}")
     if (folder / PROTOCOL_NAME).exists():
         raise StudyError(f"{folder} holds a protocol already; choose another folder")
     prompts = stratified_prompts(chosen, cases + PRACTICE_PAIRS, seed)
     seeds = [_noise_seed(seed, number) for number in range(len(prompts))]
     texts = [prompt for _, prompt in prompts]
-    # One image first: a wrong adapter or real images that are too small are found before the long work.
+    # One image first, and a protocol without images: what is wrong is found before the long work.
     size_px = min(draw(texts[:1], seeds[:1], adapter)[0].size)
     practice_real, real = _real_images(real_folder, size_px, seed)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    baseline, aligned = (
-        [_write(folder, image, size_px) for image in draw(texts, seeds, name)] for name in (None, adapter)
-    )
-    drawn = [
-        Case(f"c{number:03d}", stratum, prompt, noise, adapter, first, second)
-        for number, ((stratum, prompt), noise, first, second) in enumerate(
-            zip(prompts, seeds, baseline, aligned, strict=True), 1
-        )
+    planned = [
+        Case(f"c{number:03d}", stratum, prompt, noise, adapter, _UNDRAWN, _UNDRAWN)
+        for number, ((stratum, prompt), noise) in enumerate(zip(prompts, seeds, strict=True), 1)
     ]
     protocol = Protocol(
         title=title or f"Reader study, {chosen.label}",
@@ -111,8 +105,8 @@ def draw_up(
         seed=seed,
         size_px=size_px,
         tasks=tuple(TASKS[phase] for phase in PHASES if phase in phases),
-        cases=tuple(drawn[:cases]),
-        practice=tuple(drawn[cases:]),
+        cases=tuple(planned[:cases]),
+        practice=tuple(planned[cases:]),
         real=real,
         practice_real=practice_real,
         models=dict(models),
@@ -122,6 +116,15 @@ def draw_up(
         rating_margin=rating_margin,
         auc_margin=auc_margin,
     )
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    baseline, aligned = (
+        [_write(folder, image, size_px) for image in draw(texts, seeds, name)] for name in (None, adapter)
+    )
+    drawn = [
+        replace(case, baseline=first, aligned=second)
+        for case, first, second in zip(planned, baseline, aligned, strict=True)
+    ]
+    protocol = replace(protocol, cases=tuple(drawn[:cases]), practice=tuple(drawn[cases:]))
     write_protocol(protocol, folder)
     return protocol
 

@@ -1,17 +1,19 @@
 """A protocol is frozen: it is read back with its hash, and a change is refused."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from medviz.domains import DOMAINS
 from medviz.errors import InputError, StudyError
-from medviz.study.design import stratified_prompts
+from medviz.study.design import draw_up, stratified_prompts
 from medviz.study.pictures import find_real_images
 from medviz.study.protocol import PROTOCOL_NAME, Protocol, RealImage, read_protocol, write_protocol
-from tests.study.studies import make_real_images, make_study, noise_image
+from tests.study.studies import draw_noise, make_real_images, make_study, noise_image
 
 
 def test_protocol_is_read_back_with_its_hash(protocol: Protocol, tmp_path: Path) -> None:
@@ -98,6 +100,23 @@ def test_one_seed_gives_one_protocol(tmp_path: Path) -> None:
     )
     assert first.sha256 == second.sha256
     assert first.sha256 != other.sha256
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cases": 3}, {"repeat_share": 0.9}, {"phases": ("detection",)}, {"auc_margin": 2}]
+)
+def test_a_protocol_that_cannot_be_is_refused_before_images_are_drawn(tmp_path: Path, changes: dict) -> None:
+    drawn: list[str] = []
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int], adapter: str | None) -> list[Image.Image]:
+        drawn.extend(prompts)
+        return draw_noise(prompts, seeds, adapter)
+
+    arguments = {"adapter": "attribute", "models": {}, "cases": 8, "seed": 0, **changes}
+    with pytest.raises(InputError):
+        draw_up(tmp_path / "s", "dermatology", draw, **{"phases": ("rating",), **arguments})
+    assert len(drawn) <= 1
+    assert not (tmp_path / "s").exists()
 
 
 def test_real_images_are_hashed_and_not_copied(study_folder: Path, protocol: Protocol) -> None:
