@@ -16,6 +16,7 @@ COMMANDS = {
     "ground": ("medviz.commands.ground", "locate a phrase in images"),
     "reproduce": ("medviz.commands.reproduce", "draw a pair again from its manifest and compare every pixel"),
     "score": ("medviz.commands.score", "score how well images show a prompt"),
+    "study": ("medviz.commands.study", "blinded reader study: protocol, plan, simulate, analyse, export"),
 }
 """Name -> (module with `main(arguments)`, one line of help). Only the chosen module is imported."""
 

@@ -17,6 +17,10 @@ class StartError(MedvizError):
     """The server cannot start as it is configured; nothing was served."""
 
 
+class StudyError(MedvizError):
+    """The protocol, an image or the answers of a reader study are missing, changed or damaged."""
+
+
 class Cancelled(MedvizError):
     """The person who asked for the work took the request back."""
 
