@@ -1,5 +1,6 @@
 """Frontal chest X-rays of children and adults: findings, where they lie, and how the image was taken."""
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -52,6 +53,12 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("varicella", "influenza"), ("viral pneumonia",)),
     **dict.fromkeys(("lipoid", "pneumocystis"), ("pneumonia",)),
 }
+# Words of what a picture shows that has no menu entry and no head of its own; a consolidation is read as an opacity.
+UNMENUED = {
+    "nodule": "nodule;pulmonary nodule;lung nodule",
+    "cavity": "cavity;cavitation;cavitary lesion",
+    "tuberculosis": "tuberculosis;pulmonary tuberculosis",
+}
 # Every image of this source was read for each of these; elsewhere a label that is not there is unknown.
 FULLY_READ = frozenset({"NIH ChestX-ray14"})
 READ_FOR = ("pneumonia", "edema", "cardiomegaly", "atelectasis", "pleural effusion")
@@ -88,6 +95,8 @@ def _lexicon() -> Lexicon:
         add([sex, f"{sex} patient"], Term("sex", (sex,), negatable=False))
         add([YOUNG[sex]], Term("sex", (sex,), negatable=False, also=(("age_group", "child"),)))
         add(listed(synonyms), Term("sex", (sex,), negatable=False, also=(("age_group", "adult"),)))
+    for synonyms in UNMENUED.values():
+        add(listed(synonyms), Term(groundable=True, regions=LUNGS))
     add(["lung"], Term(groundable=True, regions=LUNGS))
     add(["heart", "mediastinum", "cardiac silhouette"], Term(groundable=True, regions=(MEDIASTINUM,)))
     neutral = (
@@ -232,7 +241,11 @@ class Radiology(Domain):
         return {head.name: labels[head.name] for head in self.heads if head.name in labels}
 
     def caption(self, record: Record, rng: random.Random) -> str:
-        """See `Domain.caption`. At most 40 tokens; findings are named all or not at all, each with its place."""
+        """See `Domain.caption`. At most 40 tokens; findings are named all or not at all, each with its place.
+
+        A record may hold `finding_places`, a mapping (or its JSON) from words of findings to the places of each, as in
+        {"nodule": ["left upper zone"]}: what the picture shows, said instead of its findings and boxes.
+        """
         canonical = rng.random() < 0.5
         opening = "a frontal chest X-ray" if canonical else pick(rng, _OPENINGS)
         head = f"{opening}{_of(_patient(record, rng))}"
@@ -302,6 +315,14 @@ def _published(record: Record) -> tuple[str, ...]:
     return tuple(choice for choice in FINDINGS if choice in found)
 
 
+def _finding_places(record: Record) -> dict[str, Sequence[str]]:
+    """`finding_places` of a record as a mapping; empty where it has none."""
+    found: object = record.get("finding_places")
+    if isinstance(found, str):
+        found = json.loads(found)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
 def _patient(record: Record, rng: random.Random) -> str:
     """The patient in words; often only in part, or not at all."""
     years = number(record.get("age"))
@@ -317,7 +338,26 @@ def _patient(record: Record, rng: random.Random) -> str:
     return person(str(age) if age is not None and rng.random() < 0.4 else None, stated_sex, group)
 
 
+def _placed_part(found: Mapping[str, Sequence[str]], canonical: bool, rng: random.Random) -> str:
+    """What `finding_places` says, those without a place last: "lung opacity in the left upper zone, tuberculosis"."""
+    says_places, phrases = rng.random() < 0.85, []
+    for choice in sorted(found, key=lambda choice: not found[choice]):
+        places = merged(found[choice]) if says_places else ()
+        # A consolidation is worded as one, though the menus know it as an opacity.
+        phrase = choice if canonical else pick(rng, _WORDINGS.get(choice, {choice: 1.0}))
+        sides = {place.split()[0] for place in places if place.endswith("lung")}
+        if places and choice == "pleural effusion" and len(sides) == 1 and not canonical:
+            side = next(iter(sides))
+            phrase = pick(rng, {f"{side} {phrase}": 1.0, f"{phrase} on the {side}": 2.0})
+        elif places:
+            phrase += f" in {location_phrase(places)}"
+        phrases.append(phrase)
+    return ", ".join(phrases)
+
+
 def _finding_part(record: Record, canonical: bool, rng: random.Random) -> str:
+    if seen := _finding_places(record):
+        return _placed_part(seen, canonical, rng)
     found = _published(record)
     if any(cause in found for cause in CAUSES):
         found = tuple(choice for choice in found if choice != "pneumonia")
