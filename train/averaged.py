@@ -42,7 +42,8 @@ class AveragedLearner(ABC):
     def __init__(
         self, config: AveragedConfig, names: Sequence[str], model: nn.Module, mean: np.ndarray, std: np.ndarray
     ) -> None:
-        self._options, self._names, self.model = config, tuple(names), model
+        self._options, self._names = config, tuple(names)
+        self.model: Any = model
         self.mean, self.std = mean, std
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 
 from medviz.errors import InputError
 from medviz.evidence.detector import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
-from medviz.evidence.networks import ARCHITECTURES, STRIDE, build
+from medviz.evidence.networks import ARCHITECTURES, build
 from medviz.evidence.presence import presence
 from train import augment, seeding
 from train.averaged import AveragedLearner, round_to_bfloat16
@@ -171,7 +171,7 @@ class EvidenceLearner(AveragedLearner):
         self.options = {"widths": list(config.widths)} if config.widths else {}
         torch.manual_seed(seeding.key(config.seed, "evidence", "weights"))
         model = build(config.architecture, len(examples.attributes), self.options)
-        model.to(config.device, memory_format=torch.channels_last)
+        model.to(config.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         rng = seeding.numpy_generator(config.seed, "evidence", "statistics")
         pixels = np.concatenate([examples.real(rng).image.reshape(-1, 3) for _ in range(STATISTICS_IMAGES)])
         super().__init__(config, ("evidence",), model, pixels.mean(axis=0) / 255, pixels.std(axis=0) / 255 + 1e-3)
@@ -196,9 +196,7 @@ class EvidenceLearner(AveragedLearner):
             logits = self.model(pixel_values=pixels)
         parts = mask_loss(logits, Known(*(tensor.to(config.device) for tensor in known)), self.shares, config)
         return (
-            parts["cross_entropy"]
-            + config.dice_weight * parts["dice"]
-            + config.somewhere_weight * parts["somewhere"]
+            parts["cross_entropy"] + config.dice_weight * parts["dice"] + config.somewhere_weight * parts["somewhere"]
         )
 
     def export(self, folder: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class EvidenceDetector:
         if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
             raise ModelError(f"{where} is no evidence detector of version {FORMAT_VERSION}")
         architecture, names = card.get("architecture"), card.get("attributes")
-        if architecture not in ARCHITECTURES or not isinstance(names, list):
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES or not isinstance(names, list):
             raise ModelError(
                 f"{where} names the architecture {architecture!r} and the attributes {names!r}; architectures are "
                 f"{', '.join(ARCHITECTURES)}"
@@ -105,8 +105,8 @@ class EvidenceDetector:
             model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"the weights in {folder} cannot be loaded: {error}") from error
-        model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        return cls(model, card, where, device)
+        model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(model.eval().requires_grad_(False), card, where, device)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Mask logits (B, K, h, w) float32 of images (B, 3, H, W) in [-1, 1] of any size, stretched to a square.

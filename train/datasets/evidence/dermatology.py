@@ -10,13 +10,14 @@ ATTRIBUTES = ("hair", "ruler", "gel_bubble", "ink")
 SOURCES = {"manual": 0.6, "rl4med": 0.4}
 """Where labels come from -> share of the real images; others are not used."""
 SOMEWHERE_WEIGHTS = {"hair": 1.0, "ruler": 1.0, "gel_bubble": 0.2, "ink": 1.0}
-"""Labels describe the full frame, these are centre crops: half of the bubbles labelled lie outside, or cannot be seen."""
+"""Labels describe the full frame, and these are centre crops: half of the labelled bubbles cannot be seen in them."""
 
 
 class ArtefactExamples:
     """See `train.datasets.evidence.examples.Examples`. half: of the lesions, as the family's own."""
 
-    attributes, findings = ATTRIBUTES, (True,) * len(ATTRIBUTES)
+    attributes: tuple[str, ...] = ATTRIBUTES
+    findings: tuple[bool, ...] = (True,) * len(ATTRIBUTES)
 
     def __init__(self, split: Split, family: Family, half: int, size_px: int, distractors: float) -> None:
         self.split, self.family, self.size_px, self.distractors = split, family, size_px, distractors

@@ -26,7 +26,7 @@ from train.datasets.split import Split, boxes, images_root
 FINDINGS = ("opacity", "pleural_effusion", "nodule")
 STRUCTURES = ("heart", "right_lung", "left_lung")
 ATTRIBUTES = (*FINDINGS, *STRUCTURES)
-NLM_JSRT = "radiology-nlm-jsrt"
+DOMAIN, NLM_JSRT = "radiology", "radiology-nlm-jsrt"
 DRAWN = {"opacity": "opacity", "pleural_effusion": "pleural_effusion", "nodule": "nodule", "consolidation": "opacity"}
 """What a family draws -> the attribute it is an example of."""
 READERS_BOX, OPACITIES = "lung opacity", frozenset({"pneumonia", "infiltration", "consolidation", "tuberculosis"})
@@ -84,8 +84,8 @@ class ChestExamples:
     `read_structures`.
     """
 
-    attributes = ATTRIBUTES
-    findings = tuple(name in FINDINGS for name in ATTRIBUTES)
+    attributes: tuple[str, ...] = ATTRIBUTES
+    findings: tuple[bool, ...] = tuple(name in FINDINGS for name in ATTRIBUTES)
 
     def __init__(
         self,
@@ -120,9 +120,7 @@ class ChestExamples:
         counts = np.sqrt([len(eligible["opacity"]) for eligible in self.eligible])
         number = int(rng.choice(len(counts), p=counts / counts.sum()))
         split, eligible = self.splits[number], self.eligible[number]
-        chosen, other, index = drawn(
-            self.family, split, eligible, tuple(DRAWN), rng, self.size_px, self.distractors
-        )
+        chosen, other, index = drawn(self.family, split, eligible, tuple(DRAWN), rng, self.size_px, self.distractors)
         targets, weights = self._anatomy(number, index)
         targets[: len(FINDINGS)] = 0
         if other is not None:
