@@ -51,7 +51,7 @@ SHARES = {
 }
 """Attribute -> part of the image that a plain example covers (`medviz.evidence.presence`)."""
 MASK_THRESHOLD = 0.5
-STATISTICS_IMAGES = 256
+STATISTICS_IMAGES = 64
 CALIBRATION_BATCH = 32
 LEAST_EXAMPLES = 5
 """Images with and without an attribute that a calibration needs."""
