@@ -1,6 +1,5 @@
 """Frontal chest X-rays of children and adults: findings, where they lie, and how the image was taken."""
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -23,6 +22,7 @@ from .base import (
     shortened,
 )
 from .chest_findings import CAUSES, FINDINGS, NO_FINDING, UNPLACED
+from .chest_wordings import UNMENUED, WORDINGS, finding_places, placed_part
 from .grammar import Lexicon, Term, listed
 from .lung_places import LOCATIONS, LUNGS, MEDIASTINUM, REGIONS, box_locations, location_phrase, location_terms, merged
 
@@ -53,18 +53,12 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("varicella", "influenza"), ("viral pneumonia",)),
     **dict.fromkeys(("lipoid", "pneumocystis"), ("pneumonia",)),
 }
-# Words of what a picture shows that has no menu entry and no head of its own; a consolidation is read as an opacity.
-UNMENUED = {
-    "nodule": "nodule;pulmonary nodule;lung nodule",
-    "cavity": "cavity;cavitation;cavitary lesion",
-    "tuberculosis": "tuberculosis;pulmonary tuberculosis",
-}
 # Every image of this source was read for each of these; elsewhere a label that is not there is unknown.
 FULLY_READ = frozenset({"NIH ChestX-ray14"})
 READ_FOR = ("pneumonia", "edema", "cardiomegaly", "atelectasis", "pleural effusion")
 CHILDREN_ONLY = frozenset({"Kermany 2018 paediatric"})
 _PATIENT_HEADS = {"child": ("age_group", "child"), "pa_view": ("view", "PA"), "male": ("sex", "male")}
-BEFORE_COVID = frozenset({"NIH ChestX-ray14", "Kermany 2018 paediatric"})
+BEFORE_COVID = frozenset({"NIH ChestX-ray14", "Kermany 2018 paediatric", "Montgomery (NLM)", "Shenzhen (NLM)", "JSRT"})
 
 
 def _group(years: float) -> str:
@@ -280,14 +274,6 @@ _OPENINGS = {
     "a chest radiograph": 1.5,
     "a frontal chest radiograph": 1.0,
 }
-_WORDINGS = {
-    NO_FINDING: {NO_FINDING: 3.0, "normal lungs": 1.0, "normal": 0.7, "clear lungs": 0.7, "no abnormality": 0.3},
-    "lung opacity": {"lung opacity": 2.0, "opacity": 3.0, "infiltrate": 0.6, "consolidation": 0.6},
-    "pleural effusion": {"pleural effusion": 2.0, "effusion": 1.0},
-    "edema": {"edema": 2.0, "pulmonary edema": 1.0},
-    "cardiomegaly": {"cardiomegaly": 3.0, "an enlarged heart": 0.5},
-    "COVID-19": {"COVID-19": 4.0, "COVID-19 pneumonia": 1.0, "covid": 0.4},
-}
 
 
 def _of(who: str) -> str:
@@ -315,14 +301,6 @@ def _published(record: Record) -> tuple[str, ...]:
     return tuple(choice for choice in FINDINGS if choice in found)
 
 
-def _finding_places(record: Record) -> dict[str, Sequence[str]]:
-    """`finding_places` of a record as a mapping; empty where it has none."""
-    found: object = record.get("finding_places")
-    if isinstance(found, str):
-        found = json.loads(found)
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
 def _patient(record: Record, rng: random.Random) -> str:
     """The patient in words; often only in part, or not at all."""
     years = number(record.get("age"))
@@ -338,26 +316,9 @@ def _patient(record: Record, rng: random.Random) -> str:
     return person(str(age) if age is not None and rng.random() < 0.4 else None, stated_sex, group)
 
 
-def _placed_part(found: Mapping[str, Sequence[str]], canonical: bool, rng: random.Random) -> str:
-    """What `finding_places` says, those without a place last: "lung opacity in the left upper zone, tuberculosis"."""
-    says_places, phrases = rng.random() < 0.85, []
-    for choice in sorted(found, key=lambda choice: not found[choice]):
-        places = merged(found[choice]) if says_places else ()
-        # A consolidation is worded as one, though the menus know it as an opacity.
-        phrase = choice if canonical else pick(rng, _WORDINGS.get(choice, {choice: 1.0}))
-        sides = {place.split()[0] for place in places if place.endswith("lung")}
-        if places and choice == "pleural effusion" and len(sides) == 1 and not canonical:
-            side = next(iter(sides))
-            phrase = pick(rng, {f"{side} {phrase}": 1.0, f"{phrase} on the {side}": 2.0})
-        elif places:
-            phrase += f" in {location_phrase(places)}"
-        phrases.append(phrase)
-    return ", ".join(phrases)
-
-
 def _finding_part(record: Record, canonical: bool, rng: random.Random) -> str:
-    if seen := _finding_places(record):
-        return _placed_part(seen, canonical, rng)
+    if seen := finding_places(record):
+        return placed_part(seen, canonical, rng)
     found = _published(record)
     if any(cause in found for cause in CAUSES):
         found = tuple(choice for choice in found if choice != "pneumonia")
@@ -370,7 +331,7 @@ def _finding_part(record: Record, canonical: bool, rng: random.Random) -> str:
     phrases = []
     # A finding with a place comes last, as in build_prompt, so that the place is read as its own.
     for choice in sorted(found, key=lambda choice: choice in placed):
-        phrase = choice if canonical else pick(rng, _WORDINGS.get(choice, {choice: 1.0}))
+        phrase = choice if canonical else pick(rng, WORDINGS.get(choice, {choice: 1.0}))
         if says_places and choice in placed:
             phrase += f" in {location_phrase(merged(placed[choice]))}"
         phrases.append(phrase)

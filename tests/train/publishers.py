@@ -118,3 +118,52 @@ def make_kermany(folder: Path, children: int = 20) -> Path:
         for stem in stems:
             save(picture((40, 60), (0, 0, 20, 40), colour=False), folder / "chest_xray" / place / f"{stem}.jpeg")
     return folder
+
+
+def make_montgomery(folder: Path, side_px: int = 64) -> Path:
+    """Patients 1 (healthy) and 2 (tuberculosis, right upper lobe), a later film of patient 2; masks of both lungs."""
+    root = folder / "MontgomerySet"
+    right, left = (8, 16, 16, 32), (40, 16, 16, 32)
+    readings = {
+        "MCUCXR_0001_0": "Patient's Sex: F\nPatient's Age: 026Y\nnormal",
+        "MCUCXR_0002_1": "Patient's Sex: M\nPatient's Age: 061Y\ncavitary infiltrate in RUL; no effusion",
+        "MCUCXR_0005_1": "Patient's Sex: M\nPatient's Age: 062Y\nno report (same pt as MCUCXR_0002_1)",
+    }
+    for stem, text in readings.items():
+        save(picture((side_px, side_px), right, colour=False), root / "CXR_png" / f"{stem}.png")
+        save(mask((side_px, side_px), right), root / "ManualMask" / "rightMask" / f"{stem}.png")
+        save(mask((side_px, side_px), left), root / "ManualMask" / "leftMask" / f"{stem}.png")
+        (root / "ClinicalReadings").mkdir(exist_ok=True)
+        (root / "ClinicalReadings" / f"{stem}.txt").write_text(text)
+    return folder
+
+
+def make_shenzhen(folder: Path, side_px: int = 64) -> Path:
+    """A healthy man, and a girl with tuberculosis of both upper fields whose film has a lung mask."""
+    root = folder / "ChinaSet_AllFiles"
+    readings = {
+        "CHNCXR_0001_0": "male 45yrs\nnormal",
+        "CHNCXR_0327_1": "female, 14 yrs \nPTB in the bilateral upper field",
+    }
+    for stem, text in readings.items():
+        save(picture((side_px, side_px), (8, 16, 16, 32), colour=False), root / "CXR_png" / f"{stem}.png")
+        (root / "ClinicalReadings").mkdir(exist_ok=True)
+        (root / "ClinicalReadings" / f"{stem}.txt").write_text(text)
+    save(mask((side_px, side_px), (8, 16, 16, 32)), root / "mask" / "CHNCXR_0327_1_mask.png")
+    return folder
+
+
+def make_jsrt(folder: Path) -> Path:
+    """Two films with a nodule, one plain and one too faint, and one without; air is stored as high numbers."""
+    rows = [
+        "JPCLN001.IMG\t5\t15\t53\tMale\t1634\t692\tmalignant\tl.upper lobe\tlung cancer",
+        "JPCLN002.IMG\t1\t10\t60\tFemale\t500\t1500\tbenign\tr.lower lobe\tgranuloma",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "CLNDAT_EN.txt").write_text("\n".join(rows) + "\n")
+    (folder / "CNNDAT_EN.TXT").write_text("JPCNN001.IMG\t41\tFemale\tnon-nodule\n")
+    film = np.full((2048, 2048), 4000, ">u2")
+    film[600:800, 1540:1740] = 100
+    for name in ("JPCLN001", "JPCLN002", "JPCNN001"):
+        (folder / f"{name}.IMG").write_bytes(film.tobytes())
+    return folder

@@ -17,6 +17,7 @@ from medviz.errors import InputError
 logger = logging.getLogger(__name__)
 
 SIDE_PX = 256
+RAW_SIDE_PX, RAW_WHITEST = 2048, 4095
 MAX_AGE_YEARS = 120.0
 """Published tables hold slips such as an age of 411 years; what is above counts as unknown."""
 
@@ -29,19 +30,24 @@ class Original:
     """One image at its publisher's.
 
     row: the columns of the shard that are neither pictures nor boxes; absent ones become null.
-    masks: mask column -> its file; pixels above 0 are inside.
+    masks: mask column -> its files; pixels above 0 of any of them are inside.
     boxes: {label, x, y, w, h}, fractions of the whole picture, origin top left.
     """
 
     row: Mapping[str, Any]
     image: Path
-    masks: Mapping[str, Path] = field(default_factory=dict)
+    masks: Mapping[str, Path | tuple[Path, ...]] = field(default_factory=dict)
     boxes: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def group(self) -> str:
         """The lesion or patient: what must stay on one side of a split."""
         return str(self.row.get("lesion_id") or self.row.get("patient_id") or self.row["image_id"])
+
+
+def mask_files(files: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    """The files of one mask column."""
+    return files if isinstance(files, tuple) else (files,)
 
 
 @dataclass(frozen=True)
@@ -75,20 +81,32 @@ class Frame:
     def box(self, box: Mapping[str, Any]) -> dict[str, Any] | None:
         """`box`, in fractions of the picture, as fractions of the square, clipped to it; None where nothing is left."""
         left, top, width, height = self.window
-        x0, x1 = ((v * self.width_px - left) / width for v in (box["x"], box["x"] + box["w"]))
-        y0, y1 = ((v * self.height_px - top) / height for v in (box["y"], box["y"] + box["h"]))
-        x0, x1, y0, y1 = (min(max(v, 0.0), 1.0) for v in (x0, x1, y0, y1))
-        if x1 <= x0 or y1 <= y0:
-            return None
-        sides = {"x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0}
-        return {"label": box["label"], **{name: round(v, 4) for name, v in sides.items()}}
+        window = left / self.width_px, top / self.height_px, width / self.width_px, height / self.height_px
+        return moved_box(box, window)
+
+
+def moved_box(box: Mapping[str, Any], window: tuple[float, float, float, float]) -> dict[str, Any] | None:
+    """A box {label, x, y, w, h} as fractions of a window (left, top, width, height), clipped; None if nothing is left.
+
+    Both are given in fractions of the same picture.
+    """
+    left, top, width, height = window
+    x0, x1 = ((v - left) / width for v in (box["x"], box["x"] + box["w"]))
+    y0, y1 = ((v - top) / height for v in (box["y"], box["y"] + box["h"]))
+    x0, x1, y0, y1 = (min(max(v, 0.0), 1.0) for v in (x0, x1, y0, y1))
+    if x1 <= x0 or y1 <= y0:
+        return None
+    sides = {"x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0}
+    return {"label": box["label"], **{name: round(v, 4) for name, v in sides.items()}}
 
 
 def read_picture(path: Path, grey: bool) -> np.ndarray:
-    """The pixels as stored, uint8 BGR (H, W, 3) or grey (H, W).
+    """The pixels as stored, uint8 BGR (H, W, 3) or grey (H, W); JSRT's headerless .IMG files too, air dark.
 
     An orientation tag is not obeyed: masks and boxes refer to the stored pixels, and left must stay left.
     """
+    if path.suffix.lower() == ".img":
+        return _read_raw(path)
     mode = (cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), mode)
@@ -97,6 +115,18 @@ def read_picture(path: Path, grey: bool) -> np.ndarray:
     if picture is None:
         raise InputError(f"{path} cannot be decoded: expected a whole JPEG or PNG file")
     return picture
+
+
+def _read_raw(path: Path) -> np.ndarray:
+    """A JSRT image: 2048 x 2048 big-endian 16-bit numbers of 12 bits, 0 being white; uint8 grey (H, W)."""
+    try:
+        numbers = np.frombuffer(path.read_bytes(), ">u2")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if numbers.size != RAW_SIDE_PX**2:
+        raise InputError(f"{path} holds {numbers.size} numbers; expected {RAW_SIDE_PX} x {RAW_SIDE_PX} of 16 bits")
+    levels = 255.0 * (1 - np.minimum(numbers, RAW_WHITEST) / RAW_WHITEST)
+    return np.rint(levels).astype(np.uint8).reshape(RAW_SIDE_PX, RAW_SIDE_PX)
 
 
 def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
@@ -152,7 +182,8 @@ def complete(originals: Sequence[Original], allow_missing: bool) -> list[Origina
     """
     missing = {}
     for i, original in enumerate(originals):
-        absent = [path for path in (original.image, *original.masks.values()) if not path.is_file()]
+        masks = [path for paths in original.masks.values() for path in mask_files(paths)]
+        absent = [path for path in (original.image, *masks) if not path.is_file()]
         if absent:
             missing[i] = absent[0]
     if missing:

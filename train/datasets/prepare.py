@@ -21,14 +21,17 @@ import tyro
 from tqdm import tqdm
 
 from medviz.errors import InputError
-from train.datasets import ham10000, isic2018, kermany, nih_chestxray14, shards
+from train.datasets import ham10000, isic2018, jsrt, kermany, nih_chestxray14, nlm, shards
 from train.datasets.originals import SIDE_PX, Fit, Original
 from train.datasets.split import SPLITS, images_root
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_FIT: dict[str, Fit] = {"dermatology": "crop", "radiology": "stretch"}
-PUBLISHERS = {"dermatology": ("ham10000", "isic2018"), "radiology": ("nih", "kermany")}
+PUBLISHERS = {
+    "dermatology": ("ham10000", "isic2018"),
+    "radiology": ("nih", "kermany", "montgomery", "shenzhen", "jsrt"),
+}
 TABLES = ("isic2019_metadata", "isic2019_labels", "artefacts_manual", "artefacts_rl4med")
 
 
@@ -55,6 +58,12 @@ class PrepareConfig:
     """Folder with Data_Entry_2017*.csv, BBox_List_2017.csv and images*/."""
     kermany: Path | None = None
     """Folder chest_xray, or the one that holds it."""
+    montgomery: Path | None = None
+    """Folder MontgomerySet, or the one that holds it."""
+    shenzhen: Path | None = None
+    """Folder ChinaSet_AllFiles, or the one that holds it."""
+    jsrt: Path | None = None
+    """Folder with CLNDAT_EN.txt, CNNDAT_EN.TXT and the images *.IMG."""
     fit: Fit | None = None
     """How a picture becomes a square: crop (default for dermatology), stretch (default for radiology) or pad."""
     max_images: int = 0
@@ -97,6 +106,12 @@ def read_originals(config: PrepareConfig) -> list[Original]:
         sources.append(nih_chestxray14.read_originals(config.nih, allow))
     if config.kermany is not None:
         sources.append(kermany.read_originals(config.kermany, allow))
+    if config.montgomery is not None:
+        sources.append(nlm.read_montgomery(config.montgomery, allow))
+    if config.shenzhen is not None:
+        sources.append(nlm.read_shenzhen(config.shenzhen, allow))
+    if config.jsrt is not None:
+        sources.append(jsrt.read_originals(config.jsrt, allow))
     chosen: dict[str, Original] = {}
     for source in sources:
         for original in limited(source, config.max_images):

@@ -16,7 +16,7 @@ from PIL import Image as PillowImage
 
 from medviz.errors import InputError
 from train.datasets.isic2018 import ARTEFACTS, ATTRIBUTES
-from train.datasets.originals import Fit, Frame, Original, read_picture
+from train.datasets.originals import Fit, Frame, Original, mask_files, read_picture
 from train.datasets.split import SPLITS
 
 JPEG_QUALITY = 95
@@ -53,7 +53,7 @@ FEATURES: dict[str, Features] = {
 }
 """Columns, types and order of each domain's shards; `datasets` decodes the image columns by them."""
 
-MASK_SUFFIX = {"lesion_mask": "mask", **{f"attribute_{name}_mask": name for name in ATTRIBUTES}}
+MASK_SUFFIX = {"lesion_mask": "mask", "lung_mask": "lungs", **{f"attribute_{name}_mask": name for name in ATTRIBUTES}}
 
 
 def split_of(group: str) -> str:
@@ -87,14 +87,17 @@ def encode(original: Original, domain: str, fit: Fit) -> dict[str, Any]:
     _, jpeg = cv2.imencode(".jpg", frame.square(picture), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     row = dict(original.row)
     row["image"] = {"bytes": jpeg.tobytes(), "path": f"{original.image.stem}.jpg"}
-    for column, path in original.masks.items():
-        mask = read_picture(path, grey=True)
-        if mask.shape != picture.shape[:2]:
-            raise InputError(
-                f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {original.image} {frame.width_px} x "
-                f"{frame.height_px}; expected the same"
-            )
-        inside = frame.square(np.where(mask > 0, np.uint8(255), np.uint8(0))) >= 128
+    for column, paths in original.masks.items():
+        covered = np.zeros(picture.shape[:2], bool)
+        for path in mask_files(paths):
+            mask = read_picture(path, grey=True)
+            if mask.shape != picture.shape[:2]:
+                raise InputError(
+                    f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {original.image} "
+                    f"{frame.width_px} x {frame.height_px}; expected the same"
+                )
+            covered |= mask > 0
+        inside = frame.square(np.where(covered, np.uint8(255), np.uint8(0))) >= 128
         if column == "lesion_mask" or inside.any():
             row[column] = {"bytes": _mask_png(inside), "path": f"{row['image_id']}_{MASK_SUFFIX[column]}.png"}
     if domain == "radiology":

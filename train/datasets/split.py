@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medviz.errors import InputError
+from train.datasets import readings
 from train.datasets.visible import confirm_hair, hair_lengths
 
 logger = logging.getLogger(__name__)
@@ -101,20 +102,35 @@ def _is_image(table: pa.Table, column: str) -> bool:
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
-def open_split(domain: str, split: str, root: str | Path | None = None) -> Split:
+def open_split(domain: str, split: str, root: str | Path | None = None, extra_folders: Sequence[str] = ()) -> Split:
     """The split `split` (train, validation, test) of `domain`; hair labels only where the crop bears them out.
+
+    extra_folders: names of folders beside the domain's with shards of the same columns ("radiology-nlm-jsrt"), whose
+    images follow the domain's own.
 
     Raises InputError with the folder looked in when there are no shards: `python -m train prepare` builds them from
     the publishers' folders.
     """
     if split not in SPLITS:
         raise InputError(f"no split {split!r}; allowed are {SPLITS}")
-    folder = images_root(root) / domain
+    tables = [_read_shards(images_root(root) / folder, split) for folder in (domain, *extra_folders)]
+    opened = Split(
+        domain, split, pa.concat_tables(tables, promote_options="permissive") if extra_folders else tables[0]
+    )
+    if domain == "dermatology":
+        forgotten = confirm_hair(opened.records, hair_lengths(opened, DERIVED))
+        logger.info("%s %s: %d hair labels are not borne out by the picture", domain, split, forgotten)
+    else:
+        opened.records = [readings.read(record) for record in opened.records]
+    return opened
+
+
+def _read_shards(folder: Path, split: str) -> pa.Table:
     shards = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if not shards:
         raise InputError(
-            f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {domain}/, or build shards "
-            "from the publishers' folders with `python -m train prepare --help`"
+            f"no {split}-*.parquet in {folder}: set MEDVIZ_DATA to the folder that holds {folder.name}/, or build "
+            "shards from the publishers' folders with `python -m train prepare --help`"
         )
     total = int(shards[0].stem.rsplit("-", 1)[1])
     missing = [
@@ -124,11 +140,7 @@ def open_split(domain: str, split: str, root: str | Path | None = None) -> Split
         raise InputError(
             f"the {split} shards in {folder} are not one set of {total}: missing {missing or 'none, others lie beside'}"
         )
-    opened = Split(domain, split, pa.concat_tables([_read_shard(path) for path in shards], promote_options="default"))
-    if domain == "dermatology":
-        forgotten = confirm_hair(opened.records, hair_lengths(opened, DERIVED))
-        logger.info("%s %s: %d hair labels are not borne out by the picture", domain, split, forgotten)
-    return opened
+    return pa.concat_tables([_read_shard(path) for path in shards], promote_options="default")
 
 
 def _read_shard(path: Path) -> pa.Table:

@@ -48,6 +48,8 @@ LEAST_CHANGE = 10.0
 """Grey levels by which at least LEAST_AREA of the film must change."""
 LEAST_AREA = 0.0006
 """Share of the film: a disc of 7 px at 256 px."""
+RATIOS, LEAST_RISE = (0.34, 0.66), 0.06
+"""Cardiothoracic ratios between which borders are believed, and by how much a drawn cardiomegaly raises the ratio."""
 TRIES = 4
 
 

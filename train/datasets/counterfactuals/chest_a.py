@@ -10,7 +10,7 @@ from functools import cached_property
 import cv2
 import numpy as np
 
-from train.datasets.counterfactuals.chest import ChestFamily, Drawer, Drawn, grid, smooth_step
+from train.datasets.counterfactuals.chest import LEAST_RISE, RATIOS, ChestFamily, Drawer, Drawn, grid, smooth_step
 from train.datasets.counterfactuals.lungs import Film, film
 from train.datasets.split import Split, boxes, open_split
 
@@ -104,9 +104,13 @@ def _residual(donor: Film, box: dict) -> np.ndarray | None:
         plane[1] * (rows / height - 0.5) + plane[2] * (columns / width - 0.5)
     )
     radius = np.hypot((rows + 0.5) / height - 0.5, (columns + 0.5) / width - 0.5) * 2
-    residual = np.clip(blurred - level, 0, None) * smooth_step(radius, 1.02, 0.45) * np.clip(inside * 1.5, 0, 1)
+    feather = smooth_step(radius, 1.02, 0.45) * np.clip(inside * 1.5, 0, 1)
+    residual = np.clip(blurred - level, 0, None) * feather
     peak = float(np.percentile(residual, 97))
-    return None if peak < 10 else np.clip(residual / peak, 0, 1.2).astype(np.float32)
+    if peak < 10:
+        return None
+    # A part is even density: vessels and ribs that remain would read as rings and stripes.
+    return (0.6 * np.clip(residual / peak, 0, 1.2) + 0.4 * feather).astype(np.float32)
 
 
 def noise(size_px: int, rng: np.random.Generator) -> np.ndarray:
@@ -214,45 +218,32 @@ def _hemithorax(found: Film, side: str, bottom: int) -> np.ndarray:
 def _cardiomegaly(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
     """The heart's borders moved out, mostly to the left, until the cardiothoracic ratio is 0.55 to 0.65."""
     size = found.size_px
-    (right_rows, right_heart, right_wall), (left_rows, left_heart, left_wall) = (
-        found.borders[side] for side in ("right", "left")
-    )
-    top, bottom = max(right_rows[0], left_rows[0]), min(right_rows[-1], left_rows[-1])
-    span = np.arange(top, bottom + 1)
-    if len(span) < 0.25 * size:
+    heart, wanted = found.heart, rng.uniform(0.56, 0.66)
+    if heart is None or not RATIOS[0] <= heart.ratio <= wanted - LEAST_RISE:
         return None
-    right_heart, right_wall = (np.interp(span, right_rows, line) for line in (right_heart, right_wall))
-    left_heart, left_wall = (np.interp(span, left_rows, line) for line in (left_heart, left_wall))
-    lower = slice(round(0.45 * len(span)), round(0.9 * len(span)))
-    chest = float((left_wall - right_wall).max())
-    middle = float(np.median((right_heart + left_heart)[: len(span) // 2]) / 2)
-    ratio = float(left_heart[lower].max() - right_heart[lower].min()) / chest
-    wanted = rng.uniform(0.56, 0.66)
-    if not 0.34 <= ratio <= wanted - 0.06:
-        return None
-    widen, share = (wanted - ratio) * chest, rng.uniform(0.62, 0.82)
+    widen, share = (wanted - heart.ratio) * heart.chest_px, rng.uniform(0.62, 0.82)
     # The move grows from the hilum to the apex of the heart, and goes on a little under the diaphragm.
-    at = (np.arange(size, dtype=np.float32) - top) / (bottom - top)
-    profile = smooth_step(at, 0.22, 0.68) * smooth_step(at, 1.25, 0.95)
-    index = np.clip(np.arange(size), top, bottom) - top
+    at = (np.arange(size, dtype=np.float32) - heart.top) / (heart.bottom - heart.top)
+    profile = smooth_step(at, 0.22, 0.7) * smooth_step(at, 1.3, 0.98)
+    index = np.clip(np.arange(size), heart.top, heart.bottom) - heart.top
     columns = np.arange(size, dtype=np.float32)[None, :]
-    shift, heart = np.zeros((size, size), np.float32), ((at >= 0.4) & (at <= 1.0))[:, None].repeat(size, 1)
+    shift, inside = np.zeros((size, size), np.float32), ((at >= 0.4) & (at <= 1.0))[:, None].repeat(size, 1)
     for sign, border, wall, moved in (
-        (1.0, left_heart, left_wall, widen * share),
-        (-1.0, right_heart, right_wall, widen * (1 - share)),
+        (1.0, heart.left, heart.left_wall, widen * share),
+        (-1.0, heart.right, heart.right_wall, widen * (1 - share)),
     ):
-        edge, limit = (sign * (line[index][:, None] - middle) for line in (border, wall))
+        edge, limit = (sign * (line[index][:, None] - heart.middle) for line in (border, wall))
         move = np.minimum(moved * profile[:, None], 0.7 * np.clip(limit - edge, 0, None))
-        peak, start, out = edge + move, 0.02 * size, sign * (columns - middle)
+        peak, start, out = edge + move, 0.02 * size, sign * (columns - heart.middle)
         medial = np.clip((out - start) / np.maximum(peak - start, 1), 0, 1)
         lateral = np.clip((limit - out) / np.maximum(limit - peak, 1), 0, 1)
         shift += sign * move * (0.5 - 0.5 * np.cos(np.pi * np.minimum(medial, lateral)))
-        heart &= out <= peak
+        inside &= out <= peak
     rows_map = np.repeat(np.arange(size, dtype=np.float32)[:, None], size, 1)
     widened = cv2.remap(
         found.grey, (columns - shift).astype(np.float32), rows_map, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
-    return Drawn(widened, heart.astype(np.float32))
+    return Drawn(widened, inside.astype(np.float32))
 
 
 def _nodule(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
@@ -291,7 +282,7 @@ def _cavity(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
     wall = rng.uniform(0.3, 0.5)
     outer = np.sqrt(np.clip(1 - distance**2, 0, 1))
     inner = np.sqrt(np.clip(1 - (distance / (1 - wall)) ** 2, 0, 1))
-    ring = cv2.GaussianBlur((outer - 0.95 * (1 - wall) * inner).astype(np.float32), (0, 0), 1.0 * scale)
+    ring = cv2.GaussianBlur((outer - rng.uniform(0.72, 0.95) * inner).astype(np.float32), (0, 0), 1.0 * scale)
     haze = smooth_step(distance * (1 + 0.15 * noise(size, rng)), 2.4, 0.9) * rng.uniform(0.05, 0.35)
     haze *= 1 - 0.8 * smooth_step(distance, 1 - wall + 0.1, 1 - wall - 0.25)
     return _laid(found, (ring / ring.max() + haze) * _lung(found, place), rng.uniform(45, 85), rng)

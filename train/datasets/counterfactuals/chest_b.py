@@ -10,7 +10,7 @@ from functools import cached_property
 import cv2
 import numpy as np
 
-from train.datasets.counterfactuals.chest import ChestFamily, Drawer, Drawn
+from train.datasets.counterfactuals.chest import LEAST_RISE, RATIOS, ChestFamily, Drawer, Drawn
 from train.datasets.counterfactuals.lungs import Film
 
 WHITE = 255.0
@@ -177,27 +177,17 @@ def _effusion(found: Film, place: str, rng: np.random.Generator) -> Drawn | None
 def _cardiomegaly(found: Film, place: str, rng: np.random.Generator) -> Drawn | None:
     """A wider heart painted over the lungs: half an ellipse on each side, of the old heart's brightness."""
     size = found.size_px
-    (right_rows, right_heart, right_wall), (left_rows, left_heart, left_wall) = (
-        found.borders[side] for side in ("right", "left")
-    )
-    top, bottom = max(right_rows[0], left_rows[0]), min(right_rows[-1], left_rows[-1])
-    height = bottom - top
-    if height < 0.25 * size:
+    old, wanted = found.heart, rng.uniform(0.56, 0.65)
+    if old is None or not RATIOS[0] <= old.ratio <= wanted - LEAST_RISE:
         return None
+    top, bottom, middle, height = old.top, old.bottom, old.middle, old.bottom - old.top
     line = np.arange(size, dtype=np.float32)
-    right_heart, right_wall = (np.interp(line, right_rows, edge) for edge in (right_heart, right_wall))
-    left_heart, left_wall = (np.interp(line, left_rows, edge) for edge in (left_heart, left_wall))
-    lower = slice(int(top + 0.45 * height), int(top + 0.9 * height))
-    chest = float((left_wall - right_wall)[top : bottom + 1].max())
-    middle = float(np.median((left_heart + right_heart)[top : top + height // 2]) / 2)
-    right_reach = middle - float(right_heart[lower].min())
-    left_reach = float(left_heart[lower].max()) - middle
-    wanted = rng.uniform(0.56, 0.65)
-    if not 0.34 <= (left_reach + right_reach) / chest <= wanted - 0.06:
-        return None
-    more = wanted * chest - left_reach - right_reach
+    rows = np.arange(top, bottom + 1)
+    right_heart, right_wall = (np.interp(line, rows, edge) for edge in (old.right, old.right_wall))
+    left_heart, left_wall = (np.interp(line, rows, edge) for edge in (old.left, old.left_wall))
+    more = (wanted - old.ratio) * old.chest_px
     share = rng.uniform(0.6, 0.8)
-    reaches = {"right": right_reach + (1 - share) * more, "left": left_reach + share * more}
+    reaches = {"right": old.right_reach + (1 - share) * more, "left": old.left_reach + share * more}
     centre = top + rng.uniform(0.68, 0.76) * height
     # Above its centre the ellipse ends at the hilum; below, it is cut off by the diaphragm.
     up, down = rng.uniform(0.42, 0.5) * height, rng.uniform(0.42, 0.55) * height
@@ -217,8 +207,8 @@ def _cardiomegaly(found: Film, place: str, rng: np.random.Generator) -> Drawn | 
     rows_in = np.clip((line - top - 0.2 * height) / (0.12 * height), 0, 1) * np.clip((bottom + 6 - line) / 10, 0, 1)
     heart = cv2.GaussianBlur((inside * rows_in[:, None]).astype(np.float32), (0, 0), 1.0)
     # Each row of the old heart, away from the spine, gives the brightness of the new one.
-    old = (columns > right_heart[:, None] + 3) & (columns < left_heart[:, None] - 3)
-    weights = old.astype(np.float32) * (np.abs(columns - middle) > 0.04 * size)
+    within = (columns > right_heart[:, None] + 3) & (columns < left_heart[:, None] - 3)
+    weights = within.astype(np.float32) * (np.abs(columns - middle) > 0.04 * size)
     smooth = cv2.GaussianBlur(found.grey, (0, 0), 3)
     level = (smooth * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
     level = np.where(weights.sum(axis=1) >= 3, level, found.tissue)
@@ -228,11 +218,16 @@ def _cardiomegaly(found: Film, place: str, rng: np.random.Generator) -> Drawn | 
     thick = np.sqrt(np.clip(1.08 - (np.abs(columns - middle) / reach) ** 2, 0, 1))
     # Where the film is as bright already, as in the old heart, nothing is painted.
     lift = np.clip(level * (0.86 + 0.14 * thick) - smooth, 0, None)
-    lift = cv2.GaussianBlur(lift.astype(np.float32), (0, 0), 3.0)
+    lift = cv2.GaussianBlur(lift.astype(np.float32), (0, 0), 1.0)
     lift *= np.clip((np.abs(columns - middle) - 0.03 * size) / (0.03 * size), 0, 1)
     amount = heart * 0.97
     amount[amount < 0.02] = 0.0
-    painted = found.grey + amount * lift - 0.45 * amount * (found.grey - smooth) * np.clip(lift / 25, 0, 1)
+    # The old border would show as a line inside the new heart, so its detail goes.
+    near = np.maximum(
+        *(np.exp(-(((columns - edge[:, None]) / (0.025 * size)) ** 2)) for edge in (left_heart, right_heart))
+    )
+    lost = amount * np.maximum(0.45 * np.clip(lift / 25, 0, 1), 0.9 * near)
+    painted = found.grey + amount * lift - lost * (found.grey - smooth)
     return Drawn(painted, heart * ((line >= top + 0.4 * height) & (line <= bottom))[:, None])
 
 

@@ -23,46 +23,54 @@ GRID_PX = 128
 LABELS = {side: number for number, side in enumerate(SIDES, start=1)}
 SOLID = 0.86
 """Least area of a lung as a share of its convex hull."""
+MEDIAL_SHARE = 0.02
+"""Of the film's side: how far from a lung's mask the mediastinum's brightness is read."""
 BATCH = 32
 
 
 def lung_labels(split: Split, cache: Path = DERIVED, segmenter: Path = SEGMENTER) -> np.ndarray:
-    """Lungs of every image: uint8 (N, GRID_PX, GRID_PX), 0 outside, 1 right and 2 left lung, mapped from a file.
+    """Lungs of every image: uint8 (N, GRID_PX, GRID_PX), 0 outside, 1 right and 2 left lung.
 
-    An image whose lungs were not found, or were found on the wrong sides, is 0 everywhere. The file in `cache` is named
-    by a digest of the images' names and of the segmenter's weights.
+    An image whose lungs were not found, or were found on the wrong sides, is 0 everywhere. Each source has a file in
+    `cache`, named by a digest of its images' names and of the segmenter's weights.
     """
-    digest = hashlib.sha256((segmenter / "model.safetensors").read_bytes())
-    digest.update(repr([(record["image_id"], bool(record.get("lung_mask"))) for record in split.records]).encode())
-    path = cache / f"lungs-{split.name}-{digest.hexdigest()[:16]}.npy"
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        writing = path.with_name(f".{os.getpid()}-{path.name}")
-        np.save(writing, _found(split, segmenter))
-        os.replace(writing, path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _found(split: Split, segmenter: Path) -> np.ndarray:
+    weights = hashlib.sha256((segmenter / "model.safetensors").read_bytes()).digest()
+    sources = np.array([str(record.get("source")) for record in split.records])
     labels = np.zeros((len(split), GRID_PX, GRID_PX), np.uint8)
+    for source in sorted(set(sources)):
+        indices = np.nonzero(sources == source)[0]
+        digest = hashlib.sha256(weights)
+        digest.update(repr([split.records[i]["image_id"] for i in indices]).encode())
+        path = cache / f"lungs-{split.name}-{digest.hexdigest()[:16]}.npy"
+        if not path.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            writing = path.with_name(f".{os.getpid()}-{path.name}")
+            np.save(writing, _found(split, indices, segmenter))
+            os.replace(writing, path)
+        labels[indices] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return labels
+
+
+def _found(split: Split, indices: np.ndarray, segmenter: Path) -> np.ndarray:
+    labels = np.zeros((len(indices), GRID_PX, GRID_PX), np.uint8)
     unmasked = []
-    for index, record in enumerate(split.records):
-        mask = split.mask(index, "lung_mask", GRID_PX) if record.get("lung_mask") else None
+    for row, index in enumerate(indices):
+        mask = split.mask(index, "lung_mask", GRID_PX) if split.records[index].get("lung_mask") else None
         if mask is not None and mask.any():
-            labels[index] = _checked(split_lungs(mask))
+            labels[row] = _checked(split_lungs(mask))
         else:
-            unmasked.append(index)
+            unmasked.append(row)
     network = Segmenter.load(segmenter) if unmasked else None
     for start in tqdm(range(0, len(unmasked), BATCH), unit="batch", desc=f"lungs {split.name}"):
         if network is None:
             break
-        chosen = unmasked[start : start + BATCH]
-        images = to_pixels(split.images(GRID_PX, chosen))
+        rows = unmasked[start : start + BATCH]
+        images = to_pixels(split.images(GRID_PX, [int(indices[row]) for row in rows]))
         with torch.inference_mode():
             guesses = network.probabilities(images)
             guesses = torch.nn.functional.interpolate(guesses, (GRID_PX, GRID_PX), mode="bilinear", align_corners=False)
-        for index, guess in zip(chosen, guesses.argmax(dim=1).numpy(), strict=True):
-            labels[index] = _checked(guess)
+        for row, guess in zip(rows, guesses.argmax(dim=1).numpy(), strict=True):
+            labels[row] = _checked(guess)
     return labels
 
 
@@ -76,6 +84,31 @@ def _checked(labels: np.ndarray) -> np.ndarray:
                 return np.zeros_like(checked)
             checked[found[f"{side}_lung"]] = number
     return checked
+
+
+@dataclass(frozen=True)
+class Heart:
+    """Borders of the heart and of the lungs beside it, in columns at every row from top to bottom, float32 (R,).
+
+    bottom is where the right lung meets heart and diaphragm. chest_px: the widest distance between the lungs' outer
+    borders. middle: column of the spine. right_reach, left_reach: how far the heart extends from it, in pixels.
+    """
+
+    top: int
+    bottom: int
+    right: np.ndarray
+    left: np.ndarray
+    right_wall: np.ndarray
+    left_wall: np.ndarray
+    chest_px: float
+    middle: float
+    right_reach: float
+    left_reach: float
+
+    @property
+    def ratio(self) -> float:
+        """The cardiothoracic ratio."""
+        return (self.right_reach + self.left_reach) / self.chest_px
 
 
 @dataclass(frozen=True)
@@ -118,6 +151,26 @@ class Film:
         """
         blurred = cv2.GaussianBlur(self.grey, (0, 0), 2.5 * self.size_px / 256)
         return {side: _borders(blurred, mask, side == "left") for side, mask in self.outline.items()}
+
+    @cached_property
+    def heart(self) -> Heart | None:
+        """Heart and chest as the borders give them; None where the lungs share too few rows."""
+        (right_rows, right, right_wall), (left_rows, left, left_wall) = (self.borders[side] for side in SIDES)
+        top, end = int(max(right_rows[0], left_rows[0])), int(min(right_rows[-1], left_rows[-1]))
+        lung = self.outline["right"]
+        columns = np.nonzero(lung.any(axis=0))[0]
+        medial = lung[:, (columns[0] + columns[-1]) // 2 :]
+        bottom = min(int(np.nonzero(medial.any(axis=1))[0][-1]), end)
+        if bottom - top < 0.25 * self.size_px:
+            return None
+        whole, rows = np.arange(top, end + 1), np.arange(top, bottom + 1)
+        chest = np.interp(whole, left_rows, left_wall) - np.interp(whole, right_rows, right_wall)
+        right, right_wall = (np.interp(rows, right_rows, line).astype(np.float32) for line in (right, right_wall))
+        left, left_wall = (np.interp(rows, left_rows, line).astype(np.float32) for line in (left, left_wall))
+        middle = float(np.median((right + left)[: len(rows) // 2]) / 2)
+        lower = slice(round(0.45 * len(rows)), round(0.95 * len(rows)))
+        reaches = middle - float(right[lower].min()), float(left[lower].max()) - middle
+        return Heart(top, bottom, right, left, right_wall, left_wall, float(chest.max()), middle, *reaches)
 
     @cached_property
     def aerated(self) -> dict[str, np.ndarray]:
@@ -163,9 +216,13 @@ def _borders(blurred: np.ndarray, mask: np.ndarray, is_left: bool) -> tuple[np.n
     inside, levels = mask[rows], blurred[rows]
     first = inside.argmax(axis=1).astype(np.float32)
     outer = (mask.shape[1] - 1 - inside[:, ::-1].argmax(axis=1)).astype(np.float32)
-    beside = inside & (np.arange(mask.shape[1])[None, :] < (first + 0.35 * (outer - first))[:, None])
-    bright = _smoothed(np.where(beside, levels, 0).max(axis=1), 4.0)
-    dark = _smoothed(np.where(inside, levels, 255).min(axis=1), 4.0)
+    columns = np.arange(mask.shape[1])[None, :]
+    # Just medial of the mask is mediastinum, whether or not the mask takes in the lung behind the heart.
+    medial = np.clip(first - MEDIAL_SHARE * mask.shape[1], 0, None).astype(int)
+    bright = _smoothed(levels[np.arange(len(rows)), medial], 4.0)
+    lateral = inside & (columns > (0.5 * (first + outer))[:, None])
+    beside = (levels * lateral).sum(axis=1) / np.maximum(lateral.sum(axis=1), 1)
+    dark = _smoothed(0.5 * (np.where(inside, levels, 255).min(axis=1) + beside), 4.0)
     lucent = inside & (levels < (0.5 * (bright + dark))[:, None])
     inner = np.where(lucent.any(axis=1), lucent.argmax(axis=1), first).astype(np.float32)
     inner = cv2.medianBlur(np.repeat(inner[None], 5, 0), 5)[2] if len(inner) >= 5 else inner
