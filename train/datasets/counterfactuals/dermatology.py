@@ -25,7 +25,7 @@ ATTEMPTS = 4
 """How often an addition is drawn until it is plain and lies at the place that was asked for."""
 PLAIN_LEVELS = 16
 """Difference in grey levels that counts as a change of a pixel."""
-LEAST_CHANGED = {"ruler": 110, "gel_bubble": 40, "hair": 180, "ink": 80}
+LEAST_CHANGED = {"ruler": 110, "gel_bubble": 70, "hair": 180, "ink": 80}
 """Pixels of 256 x 256 that must change by PLAIN_LEVELS, or the addition is drawn again."""
 MOST_CHANGED = 0.45
 """Share of the picture that an addition may change by PLAIN_LEVELS."""
