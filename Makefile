@@ -1,10 +1,15 @@
 # make run | test | test-slow | test-gpu | check | bench | experiments | anatomy | restore | train | train-dermatology | train-radiology
-# Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
+# Variables: HOST, PORT (make run); PRESET=cpu|gpu (training); SHIP=1 (write over assets/ and the README's tables);
+# MEDVIZ_DATA (folder of training images); PYTEST_ARGS.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PRESET ?= cpu
+# That of what ships. Experiments go on from the cpu preset's runs.
+PRESET ?= $(if $(filter experiments curve anatomy,$(MAKECMDGOALS)),cpu,gpu)
+# Without SHIP, models and reports go to runs/unshipped, and nothing that ships changes.
+SHIPPING = $(if $(SHIP),--ship)
+MODELS = $(if $(SHIP),,runs/unshipped/)assets/models
 export HOST ?= 127.0.0.1
 export PORT ?= 7860
 export GRADIO_ANALYTICS_ENABLED ?= False
@@ -26,7 +31,7 @@ help:
 	@echo "make curve               what shipped before and what ships: distance from real images against compute, an hour and a half of one core"
 	@echo "make anatomy             where phrases look and whether findings are drawn where a prompt puts them: an hour of it"
 	@echo "make restore             lay the shipped models out as runs, to train on from them without training them again"
-	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu)"
+	@echo "make train-dermatology   train every part of a domain, evaluate it, write the tables (PRESET=cpu or gpu); SHIP=1 puts all into assets/"
 	@echo "make train-radiology"
 	@echo "make train               both; with -j3 on a card, stages that do not wait for each other share it"
 
@@ -84,7 +89,7 @@ format: setup-dev
 # train it again. Prerequisites are order-only, so that a fresh checkout's file times start no training.
 define stage
 runs/$(2)/metrics.json: | $(VENV)/.dev $(foreach run,$(3),runs/$(run)/metrics.json)
-	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume)
+	$(BIN)/python -m train $(1) train/recipes/$(2).yaml $$(if $$(wildcard runs/$(2)/checkpoint-*),--resume) $(SHIPPING)
 endef
 
 # The stage that finishes a domain's generator. The cpu preset goes on from the diffusion stage: for fine lines (refine), then
@@ -139,11 +144,11 @@ $(if $(FINISH_$(1)_$(PRESET)),$(call stage,finish,$(FINISH_$(1)_$(PRESET)),$(GEN
 $(if $(SPECTRUM),$(call stage,spectrum,$(SPECTRUM),$(PARTS)))
 
 train-$(1): $(foreach run,$(PARTS) $(SPECTRUM),runs/$(run)/metrics.json)
-	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml
-	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test
-	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --split test --steps 4
-	$(BIN)/python -m train examples $(1)
-	$(BIN)/python -m train report
+	$(BIN)/python -m train assemble train/recipes/assemble-$(1)-$(PRESET).yaml $(SHIPPING)
+	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --models $(MODELS) --split test $(SHIPPING)
+	$(BIN)/python -m train evaluate train/recipes/evaluate-$(1)-$(PRESET).yaml --models $(MODELS) --split test --steps 4 $(SHIPPING)
+	$(if $(SHIP),$(BIN)/python -m train examples $(1) $(SHIPPING))
+	$(BIN)/python -m train report $(SHIPPING)
 endef
 
 $(eval $(call stage,autoencoder,autoencoder-$(PRESET),))
@@ -152,7 +157,7 @@ $(foreach name,dermatology radiology,$(eval $(call domain,$(name))))
 
 # Tables once more, when all that they tell of is there.
 train: train-dermatology train-radiology
-	$(BIN)/python -m train report
+	$(BIN)/python -m train report $(SHIPPING)
 
 # What looks for places in chest X-rays and, where it ships, for structures in dermoscopic images.
 $(eval $(call stage,anatomy_prompts,anatomy-own-radiology-$(PRESET),$(call GENERATOR,radiology) segmenter-radiology-$(PRESET)))
@@ -176,16 +181,16 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 # Tests of the benchmark that need the peer skip elsewhere and run here.
 bench: $(VENV)/.bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/train/test_benchmark_rl.py
-	$(BIN)/python -m train bench rl
+	$(BIN)/python -m train bench rl $(SHIPPING)
 
 # All go on from what a stopped run finished. They need MEDVIZ_DATA and the cpu preset's runs of both domains, which make
 # train-dermatology and make train-radiology train; make restore lays out the gpu preset's, which ship.
 experiments: $(VENV)/.bench anatomy | runs/autoencoder-8-cpu/metrics.json runs/other-domain/metrics.json
-	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml
-	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml
-	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml
-	$(BIN)/python -m train choices train/recipes/choices-radiology-cpu.yaml
-	$(BIN)/python -m train report
+	$(BIN)/python -m train methods train/recipes/methods-dermatology-cpu.yaml $(SHIPPING)
+	$(BIN)/python -m train augmentation train/recipes/augmentation-dermatology-cpu.yaml $(SHIPPING)
+	$(BIN)/python -m train choices train/recipes/choices-dermatology-cpu.yaml $(SHIPPING)
+	$(BIN)/python -m train choices train/recipes/choices-radiology-cpu.yaml $(SHIPPING)
+	$(BIN)/python -m train report $(SHIPPING)
 
 # What two of the ways of training start from, at no cost that is counted.
 runs/autoencoder-8-cpu/metrics.json: | $(VENV)/.dev
@@ -204,22 +209,22 @@ runs/former/%:
 	mv runs/former/.writing-$* $@
 
 curve: $(VENV)/.bench | $(FORMER)
-	$(BIN)/python -m train curve train/recipes/curve-radiology-gpu.yaml
-	$(BIN)/python -m train curve train/recipes/curve-dermatology-gpu.yaml
-	$(BIN)/python -m train report
+	$(BIN)/python -m train curve train/recipes/curve-radiology-gpu.yaml $(SHIPPING)
+	$(BIN)/python -m train curve train/recipes/curve-dermatology-gpu.yaml $(SHIPPING)
+	$(BIN)/python -m train report $(SHIPPING)
 
 # The cpu preset's model folder beside what ships, which its adapters would not fit.
 runs/models-cpu/radiology/manifest.json: | $(VENV)/.dev
 	$(BIN)/python -m train assemble train/recipes/assemble-radiology-cpu.yaml $(@D)
 
 anatomy: $(VENV)/.dev $(foreach run,alignment rl-placement,runs/$(run)-radiology-cpu/metrics.json) | runs/models-cpu/radiology/manifest.json
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding-radiology-gpu.yaml
-	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-gpu.yaml
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding-radiology-gpu.yaml $(SHIPPING)
+	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-gpu.yaml $(SHIPPING)
 	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml
 	$(BIN)/python -m train anatomy_variants train/recipes/anatomy-variants-radiology-cpu.yaml --split test --inversion paper
-	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-gpu.yaml
-	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml
-	$(BIN)/python -m train report
+	$(BIN)/python -m train evaluate grounding train/recipes/grounding-dermatology-gpu.yaml $(SHIPPING)
+	$(BIN)/python -m train evaluate placement train/recipes/placement-radiology-cpu.yaml $(SHIPPING)
+	$(BIN)/python -m train report $(SHIPPING)
 
 # The preset of what ships, in both domains.
 SHIPPED := gpu
@@ -227,7 +232,7 @@ restore: setup-dev
 	$(foreach name,dermatology radiology,$(BIN)/python -m train restore train/recipes/assemble-$(name)-$(SHIPPED).yaml &&) true
 
 report: setup-dev
-	$(BIN)/python -m train report
+	$(BIN)/python -m train report $(SHIPPING)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

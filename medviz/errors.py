@@ -13,5 +13,9 @@ class ModelError(MedvizError):
     """A model folder is missing, damaged, incompatible or not to be trusted."""
 
 
+class StartError(MedvizError):
+    """The server cannot start as it is configured; nothing was served."""
+
+
 class Cancelled(MedvizError):
     """The person who asked for the work took the request back."""

@@ -18,11 +18,40 @@ MIN_SEED, MAX_SEED = 0, 2**32 - 1
 MAX_UPLOAD_BYTES = 32 * 2**20
 MAX_IMAGE_PIXELS = 24_000_000  # checked before an image is decoded
 MIN_IMAGE_SIDE_PX = 32
+MAX_IMAGE_ASPECT = 16  # the longer side over the shorter one
 MAX_QUEUE = 16  # requests waiting for the one model
 MAX_REQUEST_S = 120
 
-# Letters that reorder or hide what stands around them: a prompt would read differently from what is drawn.
-_BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# The server. A client is an IP address, behind a trusted proxy the one that the proxy names.
+MAX_QUEUE_PER_CLIENT = 8  # requests of one client that wait or run
+UNATTENDED_S = 2.0  # a request whose messages nobody reads for so long gives way to others
+MAX_POSTS, MAX_POSTS_PER_CLIENT = 48, 12  # POST requests in flight
+MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT = 512, 96  # requests of any kind in flight, open event streams included
+MAX_JSON_BYTES = 2**20  # body of a POST request that is no upload
+MAX_UPLOADS_BYTES, MAX_UPLOADS_BYTES_PER_CLIENT = 2**30, 256 * 2**20  # uploaded within UPLOADS_KEPT_S
+UPLOADS_KEPT_S = 3000  # an uploaded file is deleted within this time
+MAX_BODY_S = 60.0  # from the first to the last byte of a request's body
+MAX_SHUTDOWN_S = 10.0  # running requests may finish within this time once the server is told to stop
+
+# Unicode's Default_Ignorable_Code_Point outside the categories Cc and Cf: shown as nothing, yet part of the text.
+_IGNORABLE = frozenset(
+    chr(code)
+    for first, last in (
+        (0x034F, 0x034F),
+        (0x115F, 0x1160),
+        (0x17B4, 0x17B5),
+        (0x180B, 0x180F),
+        (0x2065, 0x2065),
+        (0x3164, 0x3164),
+        (0xFE00, 0xFE0F),
+        (0xFFA0, 0xFFA0),
+        (0xFFF0, 0xFFF8),
+        (0xE0000, 0xE0FFF),
+    )
+    for code in range(first, last + 1)
+)
+# Control, format (zero-width, bidirectional, tag), surrogate and private-use characters, line and paragraph separators.
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 
 def _shown(value: object) -> str:
@@ -39,9 +68,9 @@ def _check_text(value: object, what: str, max_chars: int) -> str:
     if len(text) > max_chars:
         raise InputError(f"the {what} has {len(text)} characters; at most {max_chars} are allowed")
     for position, char in enumerate(text):
-        if unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI_CONTROLS:
+        if unicodedata.category(char) in _HIDDEN_CATEGORIES or char in _IGNORABLE:
             raise InputError(
-                f"the {what} holds the control character U+{ord(char):04X} at position {position}; "
+                f"the {what} holds the control or invisible character U+{ord(char):04X} at position {position}; "
                 "write it on one line, as plain text"
             )
     return text
@@ -119,7 +148,11 @@ def check_upload_bytes(size_bytes: int) -> int:
 
 
 def check_image_size(width_px: int, height_px: int) -> tuple[int, int]:
-    """Return (width_px, height_px); InputError for more than MAX_IMAGE_PIXELS or a side under MIN_IMAGE_SIDE_PX."""
+    """Return (width_px, height_px).
+
+    Raises InputError for more than MAX_IMAGE_PIXELS, a side under MIN_IMAGE_SIDE_PX, or sides further apart than
+    MAX_IMAGE_ASPECT.
+    """
     if min(width_px, height_px) < MIN_IMAGE_SIDE_PX:
         raise InputError(
             f"the image is {width_px} x {height_px} pixels; both sides need at least {MIN_IMAGE_SIDE_PX} pixels"
@@ -128,5 +161,10 @@ def check_image_size(width_px: int, height_px: int) -> tuple[int, int]:
         raise InputError(
             f"the image is {width_px} x {height_px} pixels, {width_px * height_px / 1e6:.1f} million; "
             f"at most {MAX_IMAGE_PIXELS / 1e6:.0f} million are allowed"
+        )
+    if max(width_px, height_px) > MAX_IMAGE_ASPECT * min(width_px, height_px):
+        raise InputError(
+            f"the image is {width_px} x {height_px} pixels; "
+            f"the longer side may be at most {MAX_IMAGE_ASPECT} times the shorter one"
         )
     return width_px, height_px

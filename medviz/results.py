@@ -1,7 +1,8 @@
 """What the studio is asked and what it hands back: typed, frozen, readable without any model in memory."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -92,6 +93,10 @@ class Drawing:
     image: Image.Image
     outlines: Mapping[str, Mask] = field(repr=False)
 
+    def copy(self) -> "Drawing":
+        """Return an equal drawing with an image and masks of its own."""
+        return Drawing(self.image.copy(), {name: mask.copy() for name, mask in self.outlines.items()})
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -115,6 +120,16 @@ class Pair:
     warnings: tuple[str, ...]
     timings_s: Mapping[str, float]
     look_up: Callable[[str], WordAttention] = field(repr=False, compare=False)
+
+    def copy(self) -> "Pair":
+        """Return an equal pair that shares nothing with this one that a caller could change."""
+        return replace(
+            self,
+            models=deepcopy(self.models),
+            baseline=self.baseline.copy(),
+            aligned=self.aligned.copy(),
+            timings_s=dict(self.timings_s),
+        )
 
     @property
     def outlines(self) -> dict[str, Mapping[str, Mask]]:

@@ -5,17 +5,19 @@ Knows no page and no server. Importing it is quick: torch and diffusers come wit
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medviz.domains import DOMAINS
-from medviz.errors import Cancelled, InputError
+from medviz.errors import Cancelled, InputError, ModelError
 from medviz.limits import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -40,6 +42,8 @@ DEFAULT_ROOT = Path(__file__).resolve().parents[1] / "assets" / "models"
 CACHED_PAIRS = 6  # pairs whose images and attention are kept for the next question about them
 BATCH_SIZE = 8  # images drawn at once by `generate`
 _TURN_POLL_S = 0.1
+
+logger = logging.getLogger(__name__)
 
 
 class Studio:
@@ -79,10 +83,16 @@ class Studio:
         return float(self.manifest(domain).recipe.get("guidance_scale", DEFAULT_GUIDANCE_SCALE))
 
     def warm_up(self) -> None:
-        """Import the libraries and load every domain's models, so that the first request need not wait for them."""
+        """Import the libraries and load every domain's models, so that the first request need not wait for them.
+
+        A domain that cannot be loaded is logged, and the others are loaded.
+        """
         for name in self.domains():
-            with self._turn(name, _Stop(None)):
-                self._load(name)
+            try:
+                with self._turn(name, _Stop(None)):
+                    self._load(name)
+            except ModelError as error:
+                logger.error("the models of %s cannot be loaded: %s", name, error)
 
     def compare(
         self,
@@ -100,8 +110,8 @@ class Studio:
         steps: of the solver's; where the model folder says so, its few-step adapter takes the last of them at once, at
         the domain's own guidance scale. guidance_scale: None takes that. adapter: a name, "" for the domain's default,
         None or "none" for the baseline on both sides. on_preview is called in this thread after every step; cancelled
-        is asked as often. Raises InputError before any model is loaded, Cancelled when cancelled or after MAX_REQUEST_S
-        of drawing.
+        is asked as often. A pair that was just compared is copied. Raises InputError before any model is loaded,
+        Cancelled when cancelled or after MAX_REQUEST_S of drawing.
         """
         request = self._check(domain, prompt, seed, steps, guidance_scale, adapter)
         stop = _Stop(cancelled)
@@ -124,12 +134,16 @@ class Studio:
         steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         adapter: str | None = "",
+        cancelled: Callable[[], bool] | None = None,
     ) -> tuple[Pair, WordAttention]:
-        """Return a pair and where one of its words looked; at once for a pair that was just compared."""
+        """Return a pair and where one of its words looked; at once for a pair that was just compared.
+
+        cancelled, errors: as `compare`.
+        """
         chosen, text = check_word(word), check_prompt(prompt)
         if " ".join(chosen.casefold().split()) not in " ".join(text.casefold().split()):
             raise InputError(f"{chosen!r} is not in the prompt; choose a word of the prompt as it is written there")
-        pair = self.compare(domain, text, seed, steps, guidance_scale, adapter)
+        pair = self.compare(domain, text, seed, steps, guidance_scale, adapter, cancelled=cancelled)
         return pair, pair.attention(chosen)
 
     def generate(
@@ -162,17 +176,24 @@ class Studio:
                 images += workbench.draw_batch(models, requests[first : first + batch_size])
         return images
 
-    def score(self, domain: str, image: bytes | Path | Image.Image, prompt: str) -> list[Score]:
+    def score(
+        self,
+        domain: str,
+        image: bytes | str | Path | Image.Image,
+        prompt: str,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Score]:
         """Score how well a given image shows a prompt, by the reward and by the judge.
 
-        The figure of each score stands under `baseline`; there is no second image, so `aligned` is None.
+        The figure of each score stands under `baseline`; there is no second image, so `aligned` is None. Whoever waits
+        for the models can be cancelled.
         """
         check_domain(domain, tuple(DOMAINS))
         text = check_prompt(prompt)
         from medviz.images import decode_image
 
         picture = decode_image(image)
-        with self._turn(domain, _Stop(None)):
+        with self._turn(domain, _Stop(cancelled)):
             models = self._load(domain)
             from medviz import workbench
 
@@ -181,7 +202,7 @@ class Studio:
     def ground(
         self,
         domain: str,
-        image: bytes | Path | Image.Image,
+        image: bytes | str | Path | Image.Image,
         phrase: str,
         adapter: str | None = "",
         cancelled: Callable[[], bool] | None = None,
@@ -202,7 +223,8 @@ class Studio:
             from medviz import workbench
 
             stop.start_clock()
-            return workbench.ground(models, picture, text, chosen, stop.check)
+            found = workbench.ground(models, picture, text, chosen, stop.check)
+        return replace(found, warnings=(*picture.info.get("warnings", ()), *found.warnings))
 
     def _check(
         self, domain: str, prompt: str, seed: int, steps: int, guidance_scale: float | None, adapter: str | None
@@ -237,13 +259,14 @@ class Studio:
 
     def _kept(self, request: Request) -> Pair | None:
         with self._guard:
-            if request in self._pairs:
-                self._pairs.move_to_end(request)
-            return self._pairs.get(request)
+            if request not in self._pairs:
+                return None
+            self._pairs.move_to_end(request)
+            return self._pairs[request].copy()
 
     def _keep(self, request: Request, pair: Pair) -> Pair:
         with self._guard:
-            self._pairs[request] = pair
+            self._pairs[request] = pair.copy()
             while len(self._pairs) > self._cached_pairs:
                 self._pairs.popitem(last=False)
         return pair

@@ -35,6 +35,7 @@ from medviz.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, check_word
 from medviz.models.adapters import using_adapter
 from medviz.models.library import LOADING, LoadedDomain, ModelLibrary
 from medviz.models.manifest import Manifest
+from medviz.models.networks import keeping_random_state
 from medviz.results import (
     Drawing,
     Grounding,
@@ -87,7 +88,7 @@ class Models:
 
 def load_models(library: ModelLibrary, domain: str) -> Models:
     """Verify and load a domain's pipeline, segmenter, reward and judge. Raises ModelError."""
-    with LOADING:
+    with LOADING, keeping_random_state():
         loaded = library.load(domain)
         folders = {path.parent.name: path.parent for path in sorted(loaded.folder.glob("rewards/*/heads.json"))}
         classifiers = {
@@ -104,6 +105,7 @@ def compare(models: Models, request: Request, on_preview: OnPreview | None, chec
     with _timed(timings_s, "total"):
         with _timed(timings_s, "images"):
             images, maps = _draw(models, request, on_preview, check)
+        check()
         with _timed(timings_s, "regions"):
             anatomies = [models.segmenter.segment(image) for image in images]
         with _timed(timings_s, "scores"):

@@ -24,6 +24,7 @@ from transformers import (
 from medviz.domains import get_domain
 from medviz.models.adapters import save_lora
 from medviz.models.manifest import write_manifest
+from train.pipeline_configs import drop_unknown_options
 from train.tokenizer import build_tokenizer
 
 MAX_LENGTH = 48  # tokens of a prompt, with start and end
@@ -193,6 +194,7 @@ def make_domain_folder(path: Path, domain: str, seed: int = 0) -> Path:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     pipeline = make_pipeline(domain, seed)
     pipeline.save_pretrained(path, safe_serialization=True)
+    drop_unknown_options(path / "vae")
     add_lora(pipeline.unet, seed=seed + 1)
     save_lora(pipeline.unet, path / "adapters" / ADAPTER, ADAPTER, details={"title": "Attribute reward"})
     make_classifier_folder(path / "rewards" / "attribute", domain, "rewards/attribute", seed + 2)

@@ -5,7 +5,7 @@ import logging
 import sys
 
 from medviz.errors import MedvizError
-from train import processes
+from train import processes, shipping
 
 STAGES = {
     "autoencoder": ("train.autoencoder", "images to latents and back"),
@@ -48,7 +48,8 @@ def usage() -> str:
     return (
         "usage: python -m train STAGE RECIPE [--option value ...]\n\nstages:\n"
         + "\n".join(lines)
-        + "\n\n`python -m train STAGE RECIPE --help` lists a stage's options."
+        + "\n\n`python -m train STAGE RECIPE --help` lists a stage's options.\n"
+        f"Without {shipping.OPTION}, what is meant for assets/ or README.md goes to {shipping.BESIDE}/."
     )
 
 
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(usage() + "\n")
         return 0 if arguments else 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    stage, rest = arguments[0], arguments[1:]
+    stage, rest = arguments[0], shipping.take_option(arguments[1:])
     if stage not in STAGES:
         sys.stderr.write(f"no stage {stage!r}; stages are {', '.join(STAGES)}\n")
         return 2

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ STAGE = "anatomy"
 class AnatomyPromptsConfig(StageConfig):
     """Options of the anatomy prompts stage."""
 
+    steps_may_change: ClassVar[bool] = True
     domain: str = "radiology"
     """radiology: places of findings; dermatology: outlined lesions and structures."""
     base: str = "assets/models/radiology"

@@ -18,7 +18,9 @@ from medviz.generation.guidance import SEMANTIC_INTERVAL, Guidance
 from medviz.models.adapters import load_lora
 from medviz.models.card import write_card
 from medviz.models.manifest import write_manifest
+from train import shipping
 from train.datasets.latents import check_same_encoder
+from train.pipeline_configs import drop_unknown_options, load_in_fp32
 
 SOURCES: dict[str, list[dict[str, str]]] = {
     "dermatology": [
@@ -158,6 +160,7 @@ def _replace_autoencoder(place: Path, source: str) -> None:
     check_same_encoder(trained_on, shipped, source)
     shutil.rmtree(place)
     shipped.save_pretrained(place)
+    drop_unknown_options(place)
 
 
 def weaken(folder: Path, strength: float) -> None:
@@ -240,6 +243,7 @@ def assemble(parts: Parts, folder: Path) -> None:
     shutil.rmtree(writing, ignore_errors=True)
     _copy(parts.pipeline, writing)
     _replace_autoencoder(writing / "vae", parts.autoencoder)
+    load_in_fp32(writing / "text_encoder")
     for source, name in (
         (parts.features, "features"),
         (parts.reward, "rewards/attribute"),
@@ -295,8 +299,8 @@ def assemble(parts: Parts, folder: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m train assemble RECIPE [FOLDER]`; FOLDER is assets/models/DOMAIN unless named."""
+    """`python -m train assemble RECIPE [FOLDER] [--ship]`; FOLDER is assets/models/DOMAIN unless named."""
     if not arguments:
         raise InputError("name the assembly recipe, e.g. train/recipes/assemble-dermatology-cpu.yaml")
     parts = read_parts(arguments[0])
-    assemble(parts, Path(arguments[1]) if len(arguments) > 1 else Path("assets/models") / parts.domain)
+    assemble(parts, shipping.place(arguments[1] if len(arguments) > 1 else f"assets/models/{parts.domain}"))

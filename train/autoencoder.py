@@ -34,6 +34,7 @@ from train.config import StageConfig, parse
 from train.datasets.latents import to_pixels
 from train.datasets.split import open_split
 from train.loop import fit
+from train.pipeline_configs import drop_unknown_options
 
 BLOCK_PX = 8
 ENCODER_WIDTH = 48  # what a 4x4 block of RGB pixels needs
@@ -292,6 +293,7 @@ class AutoencoderLearner:
                     errors.append(((decoded - part) / 2).square().mean(dim=(1, 2, 3)))
             metrics[f"psnr_db_train_{name}"] = float((-10 * torch.log10(torch.cat(errors))).mean())
         self.vae.save_pretrained(folder)
+        drop_unknown_options(folder)
         return metrics
 
 

@@ -2,10 +2,12 @@
 
 A checkpoint is a folder `checkpoint-STEP` with one safetensors file, one JSON file for everything that is not a
 tensor, and a manifest written last. It is written under a temporary name, flushed, renamed; only then do older ones go.
+The newest and the one before it stay, so that a damaged one costs minutes and not the run.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import ModelError
@@ -21,6 +24,8 @@ from medviz.errors import ModelError
 FORMAT_VERSION = 1
 _FILES = ("tensors.safetensors", "state.json")
 _NAME = re.compile(r"checkpoint-(\d{8})$")
+WRITE_ERRORS = (OSError, SafetensorError)  # of a full or broken disk; safetensors has one of its own
+logger = logging.getLogger(__name__)
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -59,16 +64,41 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 1) -> Path:
+def save(
+    folder: Path, step: int, state: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, keep: int = 2
+) -> Path:
     """Write `state` (nested dicts and lists of tensors and JSON values) as the checkpoint of `step`.
 
-    The newest `keep` checkpoints stay. Floats are kept exactly (JSON writes the shortest text that reads back equal).
+    recipe: the options of the run, as JSON holds them; they stand in the manifest.
+    keep: how many checkpoints stay, this one and those before it. Later ones are of steps that are taken anew, and go.
+
+    Floats are kept exactly (JSON writes the shortest text that reads back equal). Raises ModelError when the disk does
+    not take it; the checkpoints before it are left as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"checkpoint-{step:08d}"
     temporary = folder / f".writing-{place.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    try:
+        _write(temporary, step, state, recipe)
+        _move(temporary, place)
+    except WRITE_ERRORS as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        left = ", ".join(f"checkpoint-{old:08d}" for old in steps(folder)) or "none"
+        raise ModelError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {error}. Checkpoints left as they were: "
+            f"{left}. Make room, then {'go on with --resume' if steps(folder) else 'start again'}"
+        ) from error
+    found = steps(folder)
+    kept = [old for old in found if old <= step][-keep:]
+    for old in set(found) - set(kept):
+        shutil.rmtree(folder / f"checkpoint-{old:08d}")
+    for stale in folder.glob(".writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return place
+
+
+def _write(temporary: Path, step: int, state: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> None:
+    temporary.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     tree = _pack(dict(state), tensors)
     save_file(tensors, temporary / "tensors.safetensors")
@@ -76,13 +106,15 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 1) -> Pa
     for name in _FILES:
         _flush(temporary / name)
     files = {n: {"sha256": _sha256(temporary / n), "bytes": (temporary / n).stat().st_size} for n in _FILES}
-    (temporary / "manifest.json").write_text(
-        json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files})
-    )
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "recipe": recipe, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest))
     _flush(temporary / "manifest.json")
     _flush(temporary)
+
+
+def _move(temporary: Path, place: Path) -> None:
     if place.exists():  # a folder cannot replace a folder; the old one steps aside and comes back should that fail
-        aside = folder / f".writing-old-{place.name}-{os.getpid()}"
+        aside = place.with_name(f".writing-old-{place.name}-{os.getpid()}")
         place.rename(aside)
         try:
             os.replace(temporary, place)
@@ -91,12 +123,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 1) -> Pa
             raise
     else:
         os.replace(temporary, place)
-    _flush(folder)
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"checkpoint-{old:08d}")
-    for stale in folder.glob(".writing-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    return place
+    _flush(place.parent)
 
 
 def steps(folder: Path) -> list[int]:
@@ -106,16 +133,49 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(m.group(1)) for p in folder.iterdir() if (m := _NAME.match(p.name)))
 
 
-def load(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint in `folder` as (step, state).
+def newest(folder: Path) -> Path:
+    """The newest sound checkpoint in `folder`. A damaged one is passed over for the one before it, with a warning.
 
-    Raises ModelError when there is none, or when a file of it is missing or does not match the manifest: a damaged
-    checkpoint must never turn into a fresh start.
+    Raises ModelError when there is none, or when each is damaged: a damaged checkpoint must never turn into a fresh
+    start.
     """
-    found = steps(folder)
-    if not found:
+    places = [folder / f"checkpoint-{step:08d}" for step in reversed(steps(folder))]
+    if not places:
         raise ModelError(f"no checkpoint in {folder}: start without --resume, or name the folder of the run to resume")
-    place = folder / f"checkpoint-{found[-1]:08d}"
+    damages = []
+    for place in places:
+        try:
+            _verify(place)
+        except ModelError as error:
+            damages.append(error)
+            continue
+        for damage in damages:
+            logger.warning("%s: going on from %s", damage, place)
+        return place
+    raise ModelError(f"no sound checkpoint in {folder}: {'; '.join(map(str, damages))}")
+
+
+def read(place: Path) -> tuple[int, dict[str, Any]]:
+    """The checkpoint at `place`, which `newest` found sound, as (step, state)."""
+    content = json.loads((place / "state.json").read_text())
+    return content["step"], _unpack(content["state"], load_file(place / "tensors.safetensors"))
+
+
+def load(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The newest sound checkpoint in `folder` as (step, state). Raises as `newest`."""
+    return read(newest(folder))
+
+
+def recipe(place: Path) -> dict[str, Any] | None:
+    """The options of the run that wrote the checkpoint at `place`; None where it holds none. Raises ModelError when its
+    manifest cannot be read."""
+    found = _manifest(place).get("recipe")
+    if found is not None and not isinstance(found, dict):
+        raise ModelError(f"checkpoint {place} is damaged: its recipe is a {type(found).__name__}")
+    return found
+
+
+def _manifest(place: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((place / "manifest.json").read_text())
     except (OSError, ValueError) as error:
@@ -123,12 +183,21 @@ def load(folder: Path) -> tuple[int, dict[str, Any]]:
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version") if isinstance(manifest, dict) else type(manifest).__name__
         raise ModelError(f"checkpoint {place} has format {version}, this program reads {FORMAT_VERSION}")
-    listed = manifest.get("files")
+    return manifest
+
+
+def _verify(place: Path) -> None:
+    """Raises ModelError when a file of the checkpoint is missing or does not match the manifest."""
+    listed = _manifest(place).get("files")
     if not isinstance(listed, dict) or set(listed) != set(_FILES):
         raise ModelError(f"checkpoint {place} is damaged: its manifest does not list {' and '.join(_FILES)}")
     for name, expected in listed.items():
         path = place / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise ModelError(f"checkpoint {place} is damaged: its manifest lacks the size or the sha256 of {name}")
+        try:
+            sound = path.stat().st_size == expected["bytes"] and _sha256(path) == expected["sha256"]
+        except OSError as error:
+            raise ModelError(f"checkpoint {place} is damaged: {name} cannot be read: {error.strerror}") from error
+        if not sound:
             raise ModelError(f"checkpoint {place} is damaged: {name} does not match its manifest")
-    content = json.loads((place / "state.json").read_text())
-    return content["step"], _unpack(content["state"], load_file(place / "tensors.safetensors"))

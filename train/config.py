@@ -1,23 +1,28 @@
 """Recipes: one YAML file a stage, domain and preset, read into a dataclass and overridden on the command line."""
 
+import json
 import logging
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import tyro
 import yaml
 
 from medviz.errors import InputError
 from medviz.generation.guidance import SEMANTIC_INTERVAL, WHOLE_INTERVAL, Guidance
+from train import shipping
 
 
 @dataclass
 class StageConfig:
     """What every stage takes."""
+
+    steps_may_change: ClassVar[bool] = False
+    """Whether a resumed run may have another number of steps: only where nothing before the last step depends on it."""
 
     out: str
     """Folder the run writes to: checkpoints, metrics.json and the exported model."""
@@ -31,7 +36,7 @@ class StageConfig:
     steps: int = 1000
     """Optimiser steps of the whole run."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`; an error if there is none or it is damaged."""
+    """Go on from the newest sound checkpoint in `out`; an error without one, or or for options that change it."""
     checkpoint_every_s: float = 120.0
     """Seconds between checkpoints."""
     max_minutes: float = 0.0
@@ -69,22 +74,89 @@ C = TypeVar("C", bound=StageConfig)
 logger = logging.getLogger(__name__)
 _PROGRAM = "python -m train STAGE RECIPE"
 
+_OF_ONE_START = frozenset({"resume"})
+"""Options that are no part of the run."""
+CHANGEABLE = frozenset(
+    {
+        # where it is written and what is shown of it
+        *("out", "latents", "tracker", "log_every", "checkpoint_every_s", "max_minutes"),
+        # what computes it, the same up to the rounding of floats
+        *("device", "workers", "compile", "bf16"),
+        # images in one pass: memory and speed alone
+        *("rollout_batch", "micro_batch", "draw_batch"),
+    }
+)
+"""Options that a resumed run may change, beside `steps` where `steps_may_change`. All others change what is learnt."""
+
+
+def options(config: StageConfig) -> dict[str, Any]:
+    """A stage's options as YAML and JSON hold them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def _defaults(config: StageConfig) -> dict[str, Any]:
+    """The defaults of its stage's options, as `options` gives them, of those that have one."""
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.default is f.default_factory is MISSING}
+    return {name: v for name, v in json.loads(json.dumps(options(type(config)(**given)))).items() if name not in given}
+
+
+def check_resumable(config: StageConfig, before: Mapping[str, Any] | None) -> None:
+    """Check that `config` goes on with the run whose options were `before`, as its checkpoint holds them.
+
+    Options in CHANGEABLE are named in a warning where they differ. Raises InputError that names every other option that
+    differs, with its old and new value. before None: the checkpoint holds no options, and nothing can be checked.
+    """
+    if before is None:
+        logger.warning("the checkpoint in %s does not hold its run's options: they are not checked", config.out)
+        return
+    now = json.loads(json.dumps(options(config)))
+    before = {**_defaults(config), **before}  # an option that is newer than the checkpoint had its default
+    changed = [
+        f"{name} was {json.dumps(before.get(name))} and is {json.dumps(now.get(name))}"
+        for name in sorted((before.keys() | now.keys()) - _OF_ONE_START)
+        if before.get(name) != now.get(name)
+    ]
+    allowed = CHANGEABLE | ({"steps"} if config.steps_may_change else frozenset())
+    refused = [change for change in changed if change.split()[0] not in allowed]
+    if refused:
+        raise InputError(
+            f"{config.out} holds another run: {'; '.join(refused)}. Resume it with the old values, or train with the "
+            "new ones in a fresh --out"
+        )
+    if changed:
+        logger.warning("resumed with other options, which leave what is learnt as it is: %s", "; ".join(changed))
+
 
 def parse(arguments: Sequence[str], config_class: type[C]) -> C:
     """The configuration of a stage from its command line: a recipe, then overrides; `--help` alone lists the options.
 
     On a CPU without instructions for bf16 a recipe that asks for it computes in fp32, and says so: there bf16
-    takes forty times as long. Raises InputError when no recipe is named, and as `read_recipe`.
+    takes forty times as long. Reports that are meant for assets/ go where `train.shipping` places them.
+
+    Raises InputError when no recipe is named, for a CUDA device on a machine without one, and as `read_recipe`.
     """
     if not arguments:
         raise InputError("name a recipe, e.g. one of train/recipes/, or --help for the options")
     if arguments[0] in ("-h", "--help"):
         return tyro.cli(config_class, args=["--help"], prog=_PROGRAM)
     config = read_recipe(arguments[0], config_class, arguments[1:])
+    places = {name: getattr(config, name) for name in ("report", "reports") if getattr(config, name, "")}
+    config = replace(config, **{name: str(shipping.place(path)) for name, path in places.items()})  # type: ignore[arg-type]
+    if config.device.startswith("cuda") and not _has_cuda():
+        raise InputError(
+            f"the device {config.device} is not there: this machine has no CUDA card. Pass --device cpu, or take a "
+            "recipe that ends in -cpu (make: PRESET=cpu)"
+        )
     if getattr(config, "bf16", False) and config.device.startswith("cpu") and not _cpu_has_bf16():
         logger.warning("this CPU has no instructions for bf16: computing in fp32")
         config = replace(config, bf16=False)  # type: ignore[call-arg]
     return config
+
+
+def _has_cuda() -> bool:
+    import torch  # heavy, and few commands get here
+
+    return torch.cuda.is_available()
 
 
 def _cpu_has_bf16() -> bool:

@@ -131,10 +131,10 @@ class ContrastiveLearner:
         loss, _, _ = self._loss(*self.batches(step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.clip.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.clip.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "grad_norm": norm}
 
     def state(self) -> dict[str, Any]:
         return {

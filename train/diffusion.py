@@ -39,6 +39,7 @@ from train.datasets.split import Split, open_split
 from train.datasets.weights import sample_weights
 from train.growth import grown
 from train.loop import fit
+from train.pipeline_configs import drop_unknown_options, load_in_fp32
 from train.power_average import PowerAverage
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
@@ -364,7 +365,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     schedule: DDPMScheduler,
 ) -> None:
-    """Write the parts as the folder `StableDiffusionPipeline.from_pretrained` loads, weights in bf16 shards."""
+    """Write the parts as the folder `StableDiffusionPipeline.from_pretrained` loads in fp32, weights in bf16 shards."""
     # the cosine schedule's last log-SNR overflows a solver in fp32; diffusers' documented clip for it is -5.1
     clip = {"lambda_min_clipped": -5.1} if schedule.config.beta_schedule == "squaredcos_cap_v2" else {}
     scheduler = DPMSolverMultistepScheduler.from_config(
@@ -381,6 +382,8 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    load_in_fp32(folder / "text_encoder")
+    drop_unknown_options(folder / "vae")
 
 
 def main(arguments: list[str]) -> None:

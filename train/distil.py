@@ -254,7 +254,7 @@ class DistilLearner:
                 loss.backward()
                 errors.append(error.mean().item())
                 latents = arrived.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
         self.policy.average(min(config.average_decay, (step + 1) / (step + 10)))
         told = self.adversary.update(latents, step) if self.adversary else {}

@@ -8,6 +8,7 @@ from medviz import Studio
 from medviz.domains import get_domain
 from medviz.errors import InputError
 from medviz.export.examples import write_example
+from train import shipping
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ def write_examples(studio: Studio, domain: str, folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m train examples [DOMAIN ...]`; without a name, every domain that has models."""
+    """`python -m train examples [DOMAIN ...] [--ship]`; without a name, every domain that has models."""
     studio = Studio()
     domains = arguments or list(studio.domains())
     unknown = sorted(set(domains) - set(studio.domains()))
     if unknown:
         raise InputError(f"no models for {unknown}; domains with models are {list(studio.domains())}")
     for domain in domains:
-        write_examples(studio, domain, studio.assets / "examples" / domain)
+        write_examples(studio, domain, shipping.place(studio.assets / "examples" / domain))

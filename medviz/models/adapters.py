@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError, ModelError
 from medviz.models.manifest import NAME_PATTERN, read_json
+from medviz.models.networks import check_finite
 from medviz.models.prompt_embeddings import PromptEmbeddings
 
 ADAPTER_CONFIG_NAME = "adapter.json"
@@ -300,7 +301,9 @@ def load_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
 def _read_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> None:
     path = folder / LORA_WEIGHT_NAME_SAFE
     try:
-        expected = set(load_file(path))
+        weights = load_file(path)
+        check_finite(weights, path)
+        expected = set(weights)
         unet.load_lora_adapter(
             folder,
             prefix=_PREFIX,

@@ -25,6 +25,7 @@ from medviz.models.manifest import (
     verify,
     verify_files,
 )
+from medviz.models.networks import check_finite, keeping_random_state
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "assets" / "models"
 PIPELINE_CLASS = "StableDiffusionPipeline"
@@ -129,7 +130,8 @@ class ModelLibrary:
         if domain not in self._loaded:
             with LOADING:
                 if domain not in self._loaded:
-                    self._loaded[domain] = self._load(domain)
+                    with keeping_random_state():
+                        self._loaded[domain] = self._load(domain)
         return self._loaded[domain]
 
     def _load(self, domain: str) -> LoadedDomain:
@@ -173,6 +175,8 @@ def _load_pipeline(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         raise ModelError(f"the pipeline in {folder} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     _check_fit(pipeline, folder)
+    for name in ("unet", "vae", "text_encoder"):
+        check_finite(getattr(pipeline, name).state_dict(), folder / name)
     return pipeline
 
 

@@ -1,7 +1,8 @@
 """Small transformers networks of a model folder: classifiers and segmenters, with the card that travels with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from medviz.errors import InputError, ModelError
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raise ModelError, naming the tensor and the file or folder `where`, for a weight that is not finite."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"{where} is damaged: its weights {name} hold values that are not finite")
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Restore torch's random state on exit: a network is built with random weights before stored ones replace them."""
+    with torch.random.fork_rng(devices=()):  # networks are built on the CPU
+        yield
 
 
 def load_network(folder: Path, auto_class: Any, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -30,6 +45,7 @@ def load_network(folder: Path, auto_class: Any, device: str | torch.device = "cp
     lost = [*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])]
     if lost:
         raise ModelError(f"the weights in {folder} do not fit its config.json: {', '.join(sorted(lost)[:3])}")
+    check_finite(model.state_dict(), folder)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ from medviz.studio import Studio
 from medviz.ui import views
 from medviz.ui.files import served, served_picture
 from medviz.ui.guard import telling
+from medviz.ui.running import computed
 
 _GUIDE = """
 Every endpoint takes the same limits as this page and answers errors in words. `domain` is {domains}; `adapter` is a
@@ -44,18 +45,26 @@ scores = client.predict("{domain}", handle_file("image.png"), "{prompt}", api_na
 
 
 class Endpoints:
-    """The four endpoints as functions of plain values; paths of PNGs come back beside JSON."""
+    """The four endpoints as functions of plain values; paths of PNGs come back beside JSON.
+
+    Each holds its place in the queue until its computation has ended, and ends it when the client leaves or cancels.
+    """
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
 
-    def compare(
+    async def compare(
         self, domain: str, prompt: str, seed: int, steps: int, guidance_scale: float, adapter: str
     ) -> tuple[str, str, dict[str, Any]]:
         """Draw a prompt with the baseline and with the aligned model from the same noise."""
         with telling():
-            pair = self.studio.compare(
-                domain, prompt, seed, steps=steps, guidance_scale=guidance_scale, adapter=adapter or ""
+            settings: dict[str, Any] = {
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "adapter": "" if adapter is None else adapter,
+            }
+            pair = await computed(
+                lambda cancelled: self.studio.compare(domain, prompt, seed, **settings, cancelled=cancelled)
             )
             return (
                 served(image_png(pair, "baseline"), "baseline.png"),
@@ -63,13 +72,18 @@ class Endpoints:
                 pair.report(),
             )
 
-    def attention(
+    async def attention(
         self, domain: str, prompt: str, seed: int, steps: int, guidance_scale: float, adapter: str, word: str
     ) -> tuple[str, str, dict[str, Any]]:
         """Show where a word of the prompt looked on both images; at once after /compare of the same request."""
         with telling():
-            pair, look = self.studio.attention(
-                domain, prompt, seed, word, steps=steps, guidance_scale=guidance_scale, adapter=adapter or ""
+            settings: dict[str, Any] = {
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "adapter": "" if adapter is None else adapter,
+            }
+            pair, look = await computed(
+                lambda cancelled: self.studio.attention(domain, prompt, seed, word, **settings, cancelled=cancelled)
             )
             return (
                 served(overlay_png(pair, "baseline", word), "baseline_overlay.png"),
@@ -77,25 +91,37 @@ class Endpoints:
                 look.report(),
             )
 
-    def ground(self, domain: str, image: str | None, phrase: str, adapter: str) -> tuple[str, dict[str, Any]]:
+    async def ground(self, domain: str, image: str | None, phrase: str, adapter: str) -> tuple[str, dict[str, Any]]:
         """Show where a phrase looks in an image that is sent along."""
         with telling():
-            found = self.studio.ground(domain, _path(image), phrase, adapter=adapter or "")
+            path = _path(image)
+            found = await computed(
+                lambda cancelled: self.studio.ground(
+                    domain, path, phrase, "" if adapter is None else adapter, cancelled=cancelled
+                )
+            )
         kept = views.shrunk(found)
         picture = overlay(kept.image, kept.heat_map, side_px=max(kept.image.size))
         if kept.box is not None:
             picture = draw_box(picture, kept.box, kept.heat_map.shape)
         return served_picture(picture, "overlay", synthetic=False), found.report()
 
-    def score(self, domain: str, image: str | None, prompt: str) -> dict[str, Any]:
+    async def score(self, domain: str, image: str | None, prompt: str) -> dict[str, Any]:
         """Score how well an image that is sent along shows a prompt, by the reward and by the judge."""
         with telling():
-            scores = self.studio.score(domain, _path(image), prompt)
+            path = _path(image)
+            scores = await computed(lambda cancelled: self.studio.score(domain, path, prompt, cancelled=cancelled))
         rows = [
             {"name": row.name, "role": row.role, "value": row.baseline, "higher_is_better": row.higher_is_better}
             for row in scores
         ]
         return {"scores": rows}
+
+
+def _as_sent(component: gr.components.Component) -> gr.components.Component:
+    """Let a component hand on what was sent: gr.Textbox makes text of anything, and the limits could not refuse it."""
+    component.preprocess = lambda payload: payload
+    return component
 
 
 def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> None:
@@ -107,15 +133,15 @@ def build_api(studio: Studio, domains: list[str], prompt: str, word: str) -> Non
     endpoints = Endpoints(studio)
     with gr.Group(visible=False):
         request = [
-            gr.Textbox(label="domain"),
-            gr.Textbox(label="prompt"),
-            gr.Number(1, label="seed"),
-            gr.Number(DEFAULT_STEPS, label="steps"),
-            gr.Number(DEFAULT_GUIDANCE_SCALE, label="guidance_scale"),
-            gr.Textbox("", label="adapter"),
+            _as_sent(gr.Textbox(label="domain")),
+            _as_sent(gr.Textbox(label="prompt")),
+            _as_sent(gr.Number(1, label="seed")),
+            _as_sent(gr.Number(DEFAULT_STEPS, label="steps")),
+            _as_sent(gr.Number(DEFAULT_GUIDANCE_SCALE, label="guidance_scale")),
+            _as_sent(gr.Textbox("", label="adapter")),
         ]
         domain, text, adapter = request[0], request[1], request[5]
-        word_box, phrase = gr.Textbox(label="word"), gr.Textbox(label="phrase")
+        word_box, phrase = _as_sent(gr.Textbox(label="word")), _as_sent(gr.Textbox(label="phrase"))
         image = gr.File(label="image", type="filepath")
         pngs = [gr.Image(label=label, type="filepath", format="png") for label in ("baseline", "aligned", "overlay")]
         report = gr.JSON(label="report")

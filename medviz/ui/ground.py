@@ -14,6 +14,7 @@ from medviz.ui import views
 from medviz.ui.files import served_picture
 from medviz.ui.generate import adapter_choices
 from medviz.ui.guard import telling
+from medviz.ui.page import caller_has_left
 from medviz.ui.result_panel import LIGHT, STATE_LIFETIME_S, Updates
 from medviz.ui.views import Look
 
@@ -130,7 +131,7 @@ class GroundTab:
         with telling():
             if not path:
                 raise InputError("there is no image yet; upload one")
-            found = self.studio.ground(domain, Path(path), phrase, adapter=adapter)
+            found = self.studio.ground(domain, Path(path), phrase, adapter, cancelled=caller_has_left())
         kept = views.shrunk(found)
         return {
             self.grounding: kept,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_a_tensor_in_another_layout_or_shared_keeps_its_values(tmp_path: Path) -
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
-        checkpoint.save(tmp_path, step, state(step), keep=2)
+        checkpoint.save(tmp_path, step, state(step))
     assert checkpoint.steps(tmp_path) == [3, 10]
     assert checkpoint.load(tmp_path)[1]["value"] == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000003", "checkpoint-00000010"]
@@ -84,12 +85,10 @@ def test_a_failed_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(ModelError, match=r"checkpoint of step 2 cannot be written.*no space left.*-00000001"):
             checkpoint.save(tmp_path, 2, state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"], "what was half written is gone"
     assert checkpoint.load(tmp_path)[1]["value"] == 1
-
-    checkpoint.save(tmp_path, 2, state(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"], "what the failure left behind is gone"
 
 
 KILLED_WHILE_SAVING = """
@@ -141,7 +140,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_sound_checkpoint(tmp_path: Path
         found.append(step)
         checkpoint.save(folder, 3, state(3))
         assert checkpoint.load(folder)[0] == 3
-        assert [path.name for path in folder.iterdir()] == ["checkpoint-00000003"]
+        assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{kept:08d}" for kept in (step, 3)]
     assert found == sorted(found), "the old one until the rename, the new one after it"
     assert set(found) == {1, 2}
 
@@ -168,11 +167,67 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
         checkpoint.load(tmp_path)
 
 
-def test_a_damaged_checkpoint_does_not_fall_back_to_an_older_one(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, state(1), keep=2)
-    (checkpoint.save(tmp_path, 2, state(2), keep=2) / "state.json").write_text("{}")
-    with pytest.raises(ModelError, match="checkpoint-00000002"):
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    (checkpoint.save(tmp_path, 2, state(2)) / name).write_text("{}")
+    assert checkpoint.load(tmp_path)[1]["value"] == 1
+    (warning,) = caplog.messages
+    assert "checkpoint-00000002" in warning
+    assert "going on from" in warning
+    assert warning.endswith("checkpoint-00000001")
+
+
+def test_where_each_is_damaged_all_are_named(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (checkpoint.save(tmp_path, step, state(step)) / "state.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no sound checkpoint in .*-00000002 is damaged.*-00000001 is damaged"):
         checkpoint.load(tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_sound_one(tmp_path: Path) -> None:
+    for step in (4, 8):
+        checkpoint.save(tmp_path, step, state(step))
+    (tmp_path / "checkpoint-00000008" / "state.json").write_text("{}")
+    checkpoint.save(tmp_path, 6, state(6))
+    assert checkpoint.steps(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("left_out", ["bytes", "sha256", "both"])
+def test_a_manifest_without_size_or_hash_is_an_error_with_a_name(tmp_path: Path, left_out: str) -> None:
+    path = checkpoint.save(tmp_path, 4, state(4)) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if left_out == "both":
+        manifest["files"]["state.json"] = None
+    else:
+        del manifest["files"]["state.json"][left_out]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="-00000004 is damaged: its manifest lacks the size or the sha256 of state"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("room", [64, 1500])
+def test_a_disk_that_takes_no_more_is_named_and_leaves_what_is_there(tmp_path: Path, room: int) -> None:
+    """No file may grow past `room` bytes, which the system tells as it tells of a full disk: while the tensors are
+    written, and after them."""
+    checkpoint.save(tmp_path, 1, state(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(ModelError, match=r"step 2 cannot be written.*left as they were: checkpoint-00000001\."):
+            checkpoint.save(tmp_path, 2, state(2) | {"text": "x" * 2000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert checkpoint.load(tmp_path)[1]["value"] == 1
+
+
+def test_the_options_of_a_run_stand_in_its_checkpoint(tmp_path: Path) -> None:
+    place = checkpoint.save(tmp_path, 1, state(1), {"seed": 7, "channels": [4, 8]})
+    assert checkpoint.recipe(place) == {"seed": 7, "channels": [4, 8]}
+    assert checkpoint.recipe(checkpoint.save(tmp_path, 2, state(2))) is None
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])
@@ -200,7 +255,7 @@ def test_saving_a_step_again_never_leaves_no_checkpoint(tmp_path: Path, monkeypa
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ModelError, match="no space left"):
         checkpoint.save(tmp_path, 1, state(2))
     assert checkpoint.load(tmp_path)[0] == 1
 

@@ -1,14 +1,20 @@
 """Recipes are read strictly and overridden on the command line."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from medviz.errors import InputError
 from train.autoencoder import AutoencoderConfig
-from train.config import StageConfig, parse, read_recipe
+from train.config import CHANGEABLE, StageConfig, check_resumable, options, parse, read_recipe
+from train.diffusion import DiffusionConfig
+from train.distil import DistilConfig
+from train.finish import FinishConfig
+from train.rl.recipe import RlConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 
@@ -56,9 +62,78 @@ def test_bf16_is_left_where_the_processor_cannot(
     short: bool,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     path = recipe(tmp_path, f"out: run\ndevice: {device}\nbf16: {str(wanted).lower()}\n")
     assert parse([str(path)], ShortConfig).bf16 is short
     assert ("computing in fp32" in caplog.text) is (wanted and not short)
+
+
+def test_a_card_that_is_not_there_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = recipe(tmp_path, "out: run\ndevice: cuda\n")
+    with pytest.raises(InputError, match=r"no CUDA card\. Pass --device cpu"):
+        parse([str(path)], ShortConfig)
+    assert parse([str(path), "--device", "cpu"], ShortConfig).device == "cpu"
+
+
+def as_stored(config: StageConfig) -> dict[str, object]:
+    return json.loads(json.dumps(options(config)))
+
+
+def test_a_run_is_resumed_with_the_options_that_it_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = ExampleConfig(out="run")
+    check_resumable(replace(first, resume=True), as_stored(first))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 3}, "seed was 0 and is 3"),
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
+        ({"sizes": (1, 3)}, r"sizes was \[1, 2\] and is \[1, 3\]"),
+        ({"steps": 999}, "steps was 1000 and is 999"),
+    ],
+)
+def test_an_option_that_changes_the_run_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    first = ExampleConfig(out="run")
+    with pytest.raises(InputError, match=f"{named}.*fresh --out"):
+        check_resumable(replace(first, **change, log_every=3), as_stored(first))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"log_every": 3}, {"checkpoint_every_s": 1.0}, {"max_minutes": 2.0}, {"workers": 2}, {"out": "moved"}],
+)
+def test_an_option_that_leaves_the_run_as_it_is_may_change_and_is_named(
+    change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = ExampleConfig(out="run")
+    check_resumable(replace(first, **change), as_stored(first))
+    (warning,) = caplog.messages
+    assert f"{next(iter(change))} was " in warning
+
+
+def test_steps_may_change_where_nothing_before_the_last_depends_on_them() -> None:
+    check_resumable(RlConfig(out="run", steps=9), as_stored(RlConfig(out="run", steps=5)))
+
+
+def test_an_option_newer_than_the_checkpoint_had_its_default() -> None:
+    stored = as_stored(ExampleConfig(out="run"))
+    del stored["sizes"]
+    check_resumable(ExampleConfig(out="run"), stored)
+    with pytest.raises(InputError, match=r"sizes was \[1, 2\] and is \[9\]"):
+        check_resumable(ExampleConfig(out="run", sizes=(9,)), stored)
+
+
+def test_a_checkpoint_without_options_is_resumed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    check_resumable(ExampleConfig(out="run"), None)
+    assert "not checked" in caplog.text
+
+
+def test_each_option_that_may_change_is_one_of_a_stage() -> None:
+    stages = (AutoencoderConfig, DiffusionConfig, RlConfig, DistilConfig, FinishConfig)
+    assert {f.name for stage in stages for f in fields(stage)} >= CHANGEABLE
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:

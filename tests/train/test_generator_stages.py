@@ -101,11 +101,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory):
     return root, train, validation, diffusion, metrics
 
 
-def test_exported_generator_is_a_stable_diffusion_pipeline(stages) -> None:
+def test_exported_generator_is_a_stable_diffusion_pipeline(stages, caplog) -> None:
     root, *_ = stages
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        root / "diffusion/model", safety_checker=None, torch_dtype=torch.float32
-    )
+    caplog.set_level("WARNING", "diffusers")
+    pipeline = StableDiffusionPipeline.from_pretrained(root / "diffusion/model")
+    assert {each.dtype for each in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert "config attributes" not in caplog.text
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a dermoscopic image with melanoma", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 32, 32, 3)

@@ -204,7 +204,7 @@ def test_a_launched_run_ends_when_one_of_it_is_killed_and_resumes_alone(model_ro
         launcher.kill()
     step, _ = checkpoint.load(out)
     assert command(["rl", path, "--resume", "--steps", str(step + 1)]) == 0
-    assert checkpoint.steps(out) == [step + 1]
+    assert checkpoint.steps(out)[-1] == step + 1
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, step + 2))
 

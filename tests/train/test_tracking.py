@@ -28,7 +28,8 @@ def config(out, **options):
 
 def test_without_a_tracker_nothing_but_the_figures_is_written(tmp_path):
     fit(Counting(), config(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "metrics.json", "checkpoint-00000006"}
+    kept = {"checkpoint-00000005", "checkpoint-00000006"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "metrics.json", *kept}
     assert not Tracker(config(tmp_path))
 
 
@@ -102,7 +103,7 @@ def test_a_resumed_run_shows_each_step_once(tmp_path):
     checkpoint.save(tmp_path, 2, {"count": 2, "trained_s": 0.0})
     fit(Counting(), config(tmp_path, tracker="tensorboard", log_every=1, resume=True))
     shown, _ = read(tmp_path)
-    assert shown == {"step": [(step, step - 1.0) for step in range(1, 7)]}
+    assert shown == {"figure": [(step, step - 1.0) for step in range(1, 7)]}
 
 
 def test_trackio_is_given_the_same_figures_and_pictures(tmp_path, monkeypatch):

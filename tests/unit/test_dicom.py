@@ -278,16 +278,155 @@ def test_a_file_is_refused_from_its_headers_at_once(name: str, monkeypatch: pyte
 
 def test_a_constant_image_is_refused() -> None:
     flat = np.full((64, 64), 700, np.uint16)
-    for content in (dicom(flat), dicom(flat, **WHOLE_WINDOW), dicom(WindowCenter=-9000, WindowWidth=2)):
+    for content in (dicom(flat), dicom(flat, **WHOLE_WINDOW), dicom(flat, WindowCenter=-9000, WindowWidth=2)):
         with pytest.raises(InputError, match="one single colour"):
             decode_image(content)
 
 
-def test_windows_that_cannot_be_applied_are_refused() -> None:
-    with pytest.raises(InputError, match="breaks the standard"):
-        decode_image(dicom(WindowCenter=100, WindowWidth=0))
+def test_rescale_values_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(InputError, match="no finite numbers"):
         decode_image(dicom(RescaleSlope="inf", RescaleIntercept=0))
+
+
+@pytest.mark.parametrize(
+    ("window", "named"),
+    [
+        ({"WindowCenter": 100, "WindowWidth": 0}, "centre 100.0, width 0.0"),
+        ({"WindowCenter": 100, "WindowWidth": -50}, "width -50.0"),
+        ({"WindowCenter": 100, "WindowWidth": "inf"}, "width inf"),
+        ({"WindowCenter": -9000, "WindowWidth": 2}, "centre -9000.0"),
+        ({"WindowCenter": 90000, "WindowWidth": 200, "VOILUTFunction": "SIGMOID"}, "centre 90000.0"),
+    ],
+)
+def test_a_window_that_shows_nothing_is_named_and_the_image_stretched(window: dict[str, object], named: str) -> None:
+    with pytest.warns(UserWarning, match=named):
+        image = decode_image(dicom(**window))
+    assert np.array_equal(image, decode_image(dicom()))
+    assert len(image.info["warnings"]) == 1
+    assert named in image.info["warnings"][0]
+
+
+def test_a_file_without_a_window_of_its_own_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    for content in (dicom(), dicom(**WHOLE_WINDOW), dicom(WindowCenter=1000), dicom(WindowWidth=500)):
+        assert "warnings" not in decode_image(content).info
+    assert not recwarn.list
+
+
+def test_after_a_window_that_shows_nothing_the_next_is_taken() -> None:
+    with pytest.warns(UserWarning, match="width 0"):
+        several = decode_image(dicom(WindowCenter=[100, 1000], WindowWidth=[0, 500]))
+    assert np.array_equal(several, decode_image(dicom(WindowCenter=1000, WindowWidth=500)))
+
+
+def test_a_width_below_one_is_read_without_the_offset_of_whole_numbers() -> None:
+    scaled = {"RescaleSlope": str(1 / 4096), "RescaleIntercept": "0", "WindowCenter": "0.5", "WindowWidth": "0.9"}
+    plain = dicom(WindowCenter=2048, WindowWidth=0.9 * 4096, VOILUTFunction="LINEAR_EXACT")
+    assert np.abs(grey(dicom(**scaled)) - grey(plain)).max() <= 1
+
+
+EMPTY = {
+    "RescaleSlope": "",
+    "RescaleIntercept": "",
+    "WindowCenter": "",
+    "WindowWidth": "",
+    "VOILUTFunction": "",
+    "NumberOfFrames": "",
+    "VOILUTSequence": [],
+    "ModalityLUTSequence": [],
+    "PixelPaddingValue": "",
+    "PatientOrientation": "",
+    "HighBit": "",
+    "PixelRepresentation": "",
+    "SamplesPerPixel": "",
+}
+
+
+@pytest.mark.parametrize("keyword", EMPTY)
+@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian])
+def test_an_empty_element_counts_as_absent(keyword: str, syntax: str) -> None:
+    window = {} if keyword.startswith("Window") else WHOLE_WINDOW
+    assert np.array_equal(grey(dicom(syntax=syntax, **{**window, keyword: EMPTY[keyword]})), grey(dicom(**window)))
+
+
+@pytest.mark.parametrize("keyword", ["RescaleSlope", "WindowWidth", "VOILUTFunction"])
+def test_an_element_of_blanks_counts_as_absent(keyword: str) -> None:
+    value = {"RescaleSlope": "1234", "WindowWidth": "4096", "VOILUTFunction": "LINEAR"}[keyword]
+    content = dicom(WindowCenter="2048", **{keyword: value})
+    place = content.index(value.encode())
+    blank = content[:place] + b" " * len(value) + content[place + len(value) :]
+    assert np.array_equal(grey(blank), grey(dicom(WindowCenter="2048")))
+
+
+@pytest.mark.parametrize("keyword", ["PixelRepresentation", "HighBit", "BitsStored", "SamplesPerPixel"])
+def test_a_missing_element_with_an_obvious_default_takes_it(keyword: str) -> None:
+    stored = ramp(16)
+    without = dicom(stored, **{"BitsStored": 16, keyword: None, **({"HighBit": 15} if keyword == "BitsStored" else {})})
+    assert np.array_equal(grey(without), grey(dicom(stored, BitsStored=16)))
+
+
+def test_colour_without_a_planar_configuration_is_read_pixel_by_pixel() -> None:
+    for keyword in ("PlanarConfiguration", "SamplesPerPixel", "PixelRepresentation"):
+        assert np.array_equal(shown(dicom(colour(), **{**RGB, keyword: None})), colour())
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("described", [8, 16])
+def test_a_table_is_scaled_by_the_bits_that_its_entries_use(bits: int, described: int) -> None:
+    entries = np.linspace(0, 2**bits - 1, 4096).round()
+    found = grey(dicom(**lookup_table("VOILUTSequence", entries, described)))
+    assert np.abs(found - ramp() / 4095 * 255).max() <= 1
+
+
+def test_a_table_that_leaves_the_upper_half_of_its_depth_unused_stays_dark() -> None:
+    entries = np.linspace(0, 2**15 - 1, 4096).round()
+    assert grey(dicom(**lookup_table("VOILUTSequence", entries, 16))).max() == 127
+
+
+def padded(value: int, lowest: int = 0) -> np.ndarray:
+    """A ramp with padding in its left third."""
+    stored = ramp(10, lowest=lowest) + 1000
+    stored[:, : COLUMNS // 3] = value
+    return stored
+
+
+@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(("value", "limit"), [(0, None), (4095, None), (4000, 4095), (4095, 4000)])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 1512, "WindowWidth": 1024}])
+def test_padding_takes_no_part_and_is_black(
+    syntax: str, photometric: str, value: int, limit: int | None, window: dict[str, int]
+) -> None:
+    found = grey(
+        dicom(
+            padded(value),
+            syntax,
+            PhotometricInterpretation=photometric,
+            PixelPaddingValue=value,
+            PixelPaddingRangeLimit=limit,
+            **window,
+        )
+    )
+    assert (found[:, : COLUMNS // 3] == 0).all()
+    anatomy = found[:, COLUMNS // 3 :]
+    assert anatomy.min() <= 2
+    assert anatomy.max() >= 253
+    assert abs(anatomy.mean() - 127.5) < 4
+
+
+@pytest.mark.parametrize("value", [-2000, 63536])
+def test_signed_padding_is_found_also_where_it_is_written_unsigned(value: int) -> None:
+    stored = padded(-2000, lowest=-512)
+    content = dicom(stored, BitsStored=16, PixelPaddingValue=-2000)
+    content = content.replace(b"\x28\x00\x20\x01SS", b"\x28\x00\x20\x01US") if value > 0 else content
+    found = grey(content)
+    assert (found[:, : COLUMNS // 3] == 0).all()
+    assert abs(found[:, COLUMNS // 3 :].mean() - 127.5) < 4
+
+
+def test_an_image_of_padding_alone_is_shown_as_it_is_stored() -> None:
+    flat = np.full((ROWS, COLUMNS), 5, np.uint16)
+    with pytest.raises(InputError, match="one single colour"):
+        decode_image(dicom(flat, PixelPaddingValue=5))
 
 
 def deflated_bomb() -> bytes:

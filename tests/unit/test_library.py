@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from medviz.errors import InputError, ModelError
@@ -17,6 +18,7 @@ from medviz.models import library as library_module
 from medviz.models.adapters import loaded_adapters, unet_lock, using_adapter
 from medviz.models.library import ModelLibrary
 from medviz.models.manifest import hash_file, read_manifest, write_manifest
+from medviz.workbench import load_models
 from tests import tiny
 
 PROMPT = "a dermoscopic image with melanoma (MEL) showing hair"
@@ -232,3 +234,26 @@ def test_a_device_that_is_not_there_is_named() -> None:
 def test_the_tiny_folder_is_the_same_every_time(model_root: Path, tmp_path: Path) -> None:
     tiny.make_domain_folder(tmp_path / "dermatology", "dermatology", seed=0)
     assert read_manifest(tmp_path / "dermatology").files == read_manifest(model_root / "dermatology").files
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        f"adapters/{tiny.ADAPTER}/pytorch_lora_weights.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "judge/model.safetensors",
+        "segmenter/model.safetensors",
+    ],
+)
+def test_weights_that_are_not_finite_are_named_when_they_are_loaded(root: Path, weights: str) -> None:
+    path = root / "dermatology" / weights
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+    content = load_file(path)
+    name = sorted(key for key, value in content.items() if value.is_floating_point())[0]
+    content[name] = torch.full_like(content[name], torch.nan)
+    save_file(content, path, metadata=metadata)
+    rewrite(root)
+    with pytest.raises(ModelError, match="not finite") as caught:
+        load_models(ModelLibrary(root, device="cpu"), "dermatology")
+    assert str(path.parent) in str(caught.value)

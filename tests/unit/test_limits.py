@@ -37,6 +37,17 @@ def test_control_characters_inside_a_prompt_are_named(char: str) -> None:
         limits.check_prompt(f"hair{char}ruler")
 
 
+@pytest.mark.parametrize(
+    "char",
+    ["\u200b", "\u200c", "\u200d", "\u2060", "\ufeff", "\u00ad", "\u034f", "\u115f", "\u3164", "\uffa0", "\ufe0f",
+     "\U000e0041", "\U000e0100", "\u2028", "\u2029", "\ue000"],
+)  # fmt: skip
+def test_characters_that_are_not_shown_are_named(char: str) -> None:
+    for check in (limits.check_prompt, limits.check_word):
+        with pytest.raises(InputError, match=f"invisible character U\\+{ord(char):04X} at position 4"):
+            check(f"hair{char}ruler")
+
+
 def test_other_languages_and_signs_are_plain_text() -> None:
     assert limits.check_prompt("naevus mélanocytaire 5 µm – 皮膚 😀") == "naevus mélanocytaire 5 µm – 皮膚 😀"
 
@@ -95,8 +106,10 @@ def test_uploads_have_a_size_between_one_byte_and_the_limit() -> None:
         limits.check_upload_bytes(0)
 
 
-def test_image_sizes_have_a_smallest_side_and_a_largest_area() -> None:
-    assert limits.check_image_size(32, 750_000) == (32, 750_000)
+def test_image_sizes_have_a_smallest_side_a_largest_area_and_a_largest_aspect() -> None:
+    assert limits.check_image_size(32, 512) == (32, 512)
+    with pytest.raises(InputError, match="at most 16 times"):
+        limits.check_image_size(32, 513)
     with pytest.raises(InputError, match="at least 32"):
         limits.check_image_size(31, 4000)
     with pytest.raises(InputError, match="at most 24 million"):

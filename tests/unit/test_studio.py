@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medviz import Cancelled, InputError, ModelError, Studio, workbench
@@ -18,6 +19,7 @@ from medviz.models import library
 from medviz.models.adapters import zero_adapter
 from medviz.ui.generate import adapter_choices, steps_info
 from medviz.workbench import brightest_box
+from tests.dicoms import dicom, ramp
 from tests.tiny import ADAPTER, IMAGE_SIZE_PX, add_few_steps
 
 PROMPTS = {
@@ -101,11 +103,63 @@ def test_a_pair_that_was_just_compared_is_kept_and_old_ones_go(studio: Studio, m
     fresh = Studio(model_root, device="cpu", cached_pairs=2)
     fresh._models, fresh._library = studio._models, studio._library
     ask = [fresh.compare("dermatology", PROMPTS["dermatology"], seed=seed, steps=1) for seed in (1, 2, 3)]
-    assert fresh.compare("dermatology", PROMPTS["dermatology"], seed=3, steps=1) is ask[2]
-    assert fresh.compare("dermatology", PROMPTS["dermatology"], seed=1, steps=1) is not ask[0]
+    assert fresh.compare("dermatology", PROMPTS["dermatology"], seed=3, steps=1).timings_s == ask[2].timings_s
+    assert fresh.compare("dermatology", PROMPTS["dermatology"], seed=1, steps=1).timings_s is not ask[0].timings_s
     kept, look = fresh.attention("dermatology", PROMPTS["dermatology"], 3, "Hair", steps=1)
-    assert kept is ask[2]
+    assert kept.baseline.image.tobytes() == ask[2].baseline.image.tobytes()
     assert np.array_equal(look.baseline, ask[2].attention("hair").baseline)
+
+
+def test_what_a_caller_does_to_a_pair_changes_no_later_answer(studio: Studio, model_root: Path) -> None:
+    fresh = Studio(model_root, device="cpu")
+    fresh._models, fresh._library = studio._models, studio._library
+    ask = lambda: fresh.compare("dermatology", PROMPTS["dermatology"], seed=4, steps=1)  # noqa: E731
+    first = ask()
+    pixels, report = first.baseline.image.tobytes(), json.dumps(first.report())
+    for pair in (first, ask()):
+        pair.baseline.image.paste(0, (0, 0, IMAGE_SIZE_PX, IMAGE_SIZE_PX))
+        for mask in pair.baseline.outlines.values():
+            mask[:] = True
+        pair.models.clear()
+        pair.timings_s["total"] = 0.0
+    again = ask()
+    assert again.baseline.image.tobytes() == pixels
+    assert json.dumps(again.report()) == report
+
+
+def test_loading_models_leaves_the_callers_random_state_alone(model_root: Path) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    Studio(model_root, device="cpu").warm_up()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_damaged_domain_leaves_the_other_warm(
+    model_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(model_root, tmp_path / "models")
+    damaged = root / "dermatology" / "unet" / "diffusion_pytorch_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    studio = Studio(root, device="cpu")
+    studio.warm_up()
+    assert set(studio._models) == {"radiology"}
+    assert str(damaged) in caplog.text
+    with pytest.raises(ModelError):
+        studio.compare("dermatology", PROMPTS["dermatology"], 1, steps=1)
+
+
+def test_attention_stops_at_the_next_step_and_scoring_before_its_turn(studio: Studio) -> None:
+    asked = []
+
+    def after_three() -> bool:
+        asked.append(None)
+        return len(asked) > 3
+
+    with pytest.raises(Cancelled):
+        studio.attention("dermatology", PROMPTS["dermatology"], 77, "hair", steps=50, cancelled=after_three)
+    assert len(asked) == 4
+    with pytest.raises(Cancelled):
+        studio.score("dermatology", upload(), PROMPTS["dermatology"], cancelled=lambda: True)
 
 
 def test_seed_prompt_and_guidance_change_the_image(studio: Studio) -> None:
@@ -362,6 +416,13 @@ def test_grounding_answers_on_the_images_own_grid(studio: Studio) -> None:
         assert set(region) == {"name", "mass", "cnr", "prior_mass", "prior_cnr"}
     again = studio.ground("dermatology", image, "melanoma")
     assert np.array_equal(found.heat_map, again.heat_map)
+
+
+def test_a_window_of_a_dicom_file_that_cannot_be_used_is_among_the_warnings(studio: Studio) -> None:
+    content = dicom(ramp(rows=64, columns=64), WindowCenter=100, WindowWidth=0)
+    with pytest.warns(UserWarning, match="width 0"):
+        found = studio.ground("radiology", content, "lung opacity")
+    assert any("centre 100.0, width 0.0" in warning for warning in found.warnings)
 
 
 def test_phrases_are_looked_for_with_the_adapter_made_for_it(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

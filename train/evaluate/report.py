@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from medviz.limits import DEFAULT_GUIDANCE_SCALE
 from medviz.models.card import CARD_NAME, folder_card
 from medviz.models.manifest import MANIFEST_NAME, Manifest, read_manifest
 from medviz.results import TABLES_NAME
+from train import shipping
 from train.evaluate import history
 
 FORMAT_VERSION = 1
@@ -341,7 +343,9 @@ def run(config: ReportConfig) -> bool:
         logger.info("the tables of %s are up to date", ", ".join(map(str, wanted)))
         return True
     if config.check:
-        raise InputError(f"{stale[0]} does not show the reports in {config.reports}: run `python -m train report`")
+        raise InputError(
+            f"{stale[0]} does not show the reports in {config.reports}: run `python -m train report --ship`"
+        )
     for file in stale:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(wanted[file], encoding="utf-8")
@@ -367,8 +371,19 @@ def _card(folder: Path, reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m train report [--reports FOLDER] [--readme FILE] [--check]`."""
-    run(tyro.cli(ReportConfig, args=arguments, prog="python -m train report"))
+    """`python -m train report [--reports FOLDER] [--readme FILE] [--check] [--ship]`."""
+    config = tyro.cli(ReportConfig, args=arguments, prog="python -m train report")
+    run(config if config.check else _placed(config))
+
+
+def _placed(config: ReportConfig) -> ReportConfig:
+    """The same where `train.shipping` places it, with a README to write to."""
+    readme = shipping.place(config.readme)
+    if not readme.exists() and Path(config.readme).is_file():
+        readme.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(config.readme, readme)
+    reports, models = (str(shipping.place(path)) for path in (config.reports, config.models))
+    return replace(config, readme=str(readme), reports=reports, models=models)
 
 
 def _is_number(value: Any) -> bool:

@@ -44,6 +44,7 @@ from train.experiments.measured import Eyes, measure, threshold_of
 from train.experiments.methods_report import Run, report
 from train.experiments.picture import draw, require_matplotlib
 from train.experiments.pieces import digest, folder_digest, options, piece, run_stage, write_json
+from train.loop import METRICS_LOG, read_metrics
 from train.rl import trainer
 from train.rl.recipe import RlConfig, check
 
@@ -198,8 +199,7 @@ def read_run(wanted: RlConfig, measured: Mapping[str, Any]) -> Run:
     out, images = Path(wanted.out), wanted.prompts_per_epoch * wanted.images_per_prompt
     metrics = json.loads((out / "metrics.json").read_text())
     spent, compute = {0: 0}, {0: 0}
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        logged = json.loads(line)
+    for logged in read_metrics(out / METRICS_LOG):
         # Work that trains; looks and safeguards are the same for all methods.
         spent[logged["step"]] = int(sum(logged.get(f"forwards_{part}", 0) for part in ("rollout", "replay", "anchor")))
         compute[logged["step"]] = spent[logged["step"]] + BACKWARD * int(logged.get("forwards_with_gradient", 0))

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 from medviz.errors import InputError
 from medviz.models.manifest import hash_file
 from train import checkpoint
-from train.config import StageConfig
+from train.config import StageConfig, options
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +70,6 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     with writing.open("wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     os.replace(writing, path)
-
-
-def options(config: StageConfig) -> dict[str, Any]:
-    """A stage's options as YAML and JSON hold them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
 def run_stage(wanted: StageConfig, main: Callable[[list[str]], None]) -> bool:

@@ -249,9 +249,9 @@ class RlLearner:
                 )
                 figures |= {f"{name}_{key}".replace(" ", "_"): figure for key, figure in found.items()} | game.figures
             processes.sum_gradients(self.policy.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.policy.parameters(), config.max_grad_norm, error_if_nonfinite=True
-            )
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+            if not norm.isfinite():
+                return {"grad_norm": norm.item()}  # no step is taken; the loop ends the run by this figure
             self.optimizer.step()
             for name, figure in (figures | {"grad_norm": norm.item()}).items():
                 sums[name].append(figure)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from medviz.errors import InputError
 from train.config import GuidedConfig
@@ -20,6 +21,7 @@ KEPT = ("best", "newest")
 class RlConfig(RealLatentsConfig, GuidedConfig):
     """Options of the rl stage. `steps` counts epochs, each one rollout and `updates` optimiser steps."""
 
+    steps_may_change: ClassVar[bool] = True
     base: str = ""
     """Folder of the fine-tuned pipeline to align."""
     reward: str = ""

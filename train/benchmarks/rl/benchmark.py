@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from medviz.domains import get_domain
 from medviz.errors import InputError, ModelError
+from train import shipping
 from train.benchmarks.rl.task import Work
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -246,10 +247,11 @@ def main(arguments: list[str]) -> None:
     report = {**measure(config), "command": shlex.join(["python", "-m", "train", "bench", "rl", *arguments])}
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(text)
+        out = shipping.place(config.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
     if config.picture:
         from train.benchmarks.rl.picture import draw
 
-        draw(report["methods"], Path(config.picture))
+        draw(report["methods"], shipping.place(config.picture))
     sys.stdout.write(text)
