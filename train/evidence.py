@@ -297,9 +297,8 @@ def main(arguments: list[str]) -> None:
         examples = ArtefactExamples(open_split(config.domain, "train"), drawn_by, half, **options)
         calibrated, splits = examples.attributes, [open_split(config.domain, "validation")]
     else:
-        training = [open_split(folder, "train") for folder in (config.domain, NLM_JSRT)]
+        splits = [open_split(config.domain, name, extra_folders=(NLM_JSRT,)) for name in ("train", "validation")]
         structures = read_structures("train", config.size_px)
-        examples = ChestExamples(training, drawn_by, half, structures, **options)
+        examples = ChestExamples(splits[0], drawn_by, half, structures, **options)
         calibrated = radiology.FINDINGS
-        splits = [*training, *(open_split(folder, "validation") for folder in (config.domain, NLM_JSRT))]
     fit(EvidenceLearner(config, examples, shown_images(splits, calibrated, half, config.size_px)), config)

@@ -158,7 +158,7 @@ class OnesOwn(Bars):
 def test_the_audit_writes_a_row_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skin = skin_split(60)
     splits = {name: Split("dermatology", name, skin.table) for name in ("train", "validation")}
-    monkeypatch.setattr("train.evaluate.audit.stage.open_split", lambda domain, name: splits[name])
+    monkeypatch.setattr("train.evaluate.audit.stage.open_split", lambda domain, name, extra_folders: splits[name])
     monkeypatch.setattr("train.evaluate.audit.stage.family", lambda domain, name: OnesOwn())
     folder = write(tmp_path / "detector", ATTRIBUTES, trained_on="half A of train by lesion")
     config = AuditConfig(

@@ -16,7 +16,7 @@ from train.datasets.evidence import dermatology, radiology
 from train.datasets.evidence.dermatology import ATTRIBUTES, ArtefactExamples
 from train.datasets.evidence.examples import SOMEWHERE, UNKNOWN, Example, changed, halved
 from train.datasets.evidence.labels import crop_readings, labelled
-from train.datasets.evidence.radiology import ChestExamples, opacity_target, read_structures, subtlety
+from train.datasets.evidence.radiology import ChestExamples, opacity_target, read_structures
 from train.datasets.split import Split
 from train.evidence import EvidenceConfig, EvidenceLearner, Known, Shown, fit_presence, mask_loss
 from train.loop import fit
@@ -203,10 +203,10 @@ def test_an_option_out_of_range_is_named(option: str, value: object, tmp_path: P
         config(tmp_path, **{option: value}).checked()
 
 
-def film(findings: list[str], boxes: list[dict] | None = None, report: str = "", **record) -> dict:
+def film(findings: list[str], boxes: list[dict] | None = None, **record) -> dict:
     return {
         "image_id": "film", "source": "NIH", "view": "PA", "findings": json.dumps(findings),
-        "boxes": json.dumps(boxes or []), "report": report, **record,
+        "boxes": json.dumps(boxes or []), **record,
     }  # fmt: skip
 
 
@@ -222,7 +222,9 @@ def test_what_is_known_of_an_opacity_depends_on_who_marked_it() -> None:
     assert (target == 0).sum() == SIDE**2 - 16 * 16
     assert weight == radiology.BOXED_WEIGHT
 
-    target, _ = opacity_target(film(["tuberculosis"], report="PTB in the left upper field"), lungs, SIDE)
+    target, _ = opacity_target(
+        film(["tuberculosis"], finding_places=json.dumps({"lung opacity": ["left upper zone"]})), lungs, SIDE
+    )
     assert (target[:20, SIDE // 2 :] == SOMEWHERE).all()
     assert (target[:, : SIDE // 2] == UNKNOWN).all()
 
@@ -232,11 +234,10 @@ def test_what_is_known_of_an_opacity_depends_on_who_marked_it() -> None:
     assert weight == radiology.LABEL_WEIGHT
 
 
-def test_a_nodule_counts_from_the_subtlety_that_can_be_seen() -> None:
+def test_a_nodule_counts_where_a_box_marks_it() -> None:
     marked = [box("nodule", 0.2, 0.2, 0.1, 0.1)]
-    assert subtlety(film(["nodule"], report="benign nodule, 20 mm; subtlety 3")) == 3
-    assert radiology.shows(film(["nodule"], marked, "subtlety 3"), "nodule") is True
-    assert radiology.shows(film(["nodule"], marked, "subtlety 2"), "nodule") is None
+    assert radiology.shows(film(["nodule"], marked), "nodule") is True
+    assert radiology.shows(film(["nodule"]), "nodule") is None  # too faint to be boxed
     assert radiology.shows(film(["no finding"]), "nodule") is False
     disc = radiology.discs(marked, 100)
     assert disc[25, 25] == 1
@@ -274,9 +275,9 @@ def test_films_are_compared_within_one_source_and_view(monkeypatch: pytest.Monke
     monkeypatch.setattr("train.datasets.evidence.radiology.lung_labels", lambda split: lungs)
     heart = {"heart": np.eye(SIDE, dtype=bool)}
     half = int(films.halves[1])
-    source = ChestExamples([films], Blobs(), half, {"image-1": heart}, SIDE, 0.0)
+    source = ChestExamples(films, Blobs(), half, {"image-1": heart}, SIDE, 0.0)
     for rows, others in source.strata["opacity"]:
-        pictured = {radiology.stratum(films.records[index]) for _, index in [*rows.tolist(), *others.tolist()]}
+        pictured = {radiology.stratum(films.records[index]) for index in [*rows.tolist(), *others.tolist()]}
         assert len(pictured) == 1
     without, there = source.pair(np.random.default_rng(0))
     heart_column = radiology.ATTRIBUTES.index("heart")
@@ -284,9 +285,9 @@ def test_films_are_compared_within_one_source_and_view(monkeypatch: pytest.Monke
     assert without.targets[right, 32, 16] == 1
     assert (there.targets[:3] > 0).any()
     assert not (without.targets[:3] > 0).any()
-    target, _ = source._known(0, 1)
+    target, _ = source._known(1)
     assert np.array_equal(target[heart_column], heart["heart"])
-    assert (source._known(0, 3)[0][heart_column] == UNKNOWN).all()
+    assert (source._known(3)[0][heart_column] == UNKNOWN).all()
 
 
 def test_structures_are_read_by_image_and_name(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from train.datasets.split import Split
 ATTRIBUTES = ("hair", "ruler", "gel_bubble", "ink")
 SOURCES = {"manual": 0.6, "rl4med": 0.4}
 """Where labels come from -> share of the real images; others are not used."""
+TRUST = {"manual": 1.0, "rl4med": 0.4}
+"""Of a label that an artefact is there, which the crop often does not bear out."""
 SOMEWHERE_WEIGHTS = {"hair": 1.0, "ruler": 1.0, "gel_bubble": 0.2, "ink": 1.0}
 """Labels describe the full frame, and these are centre crops: half of the labelled bubbles cannot be seen in them."""
 
@@ -69,7 +71,7 @@ class ArtefactExamples:
                 targets[column] = 0
             elif label is not None:
                 targets[column] = SOMEWHERE
-                weights[column] = SOMEWHERE_WEIGHTS[name]
+                weights[column] = SOMEWHERE_WEIGHTS[name] * TRUST[record["artefact_source"]]
         return targets, weights
 
 

@@ -3,7 +3,7 @@
 Sides are the patient's; no film is mirrored.
 """
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from medviz.domains.base import items
 from medviz.domains.chest_findings import NO_FINDING
-from medviz.domains.chest_places import places_in
 from medviz.domains.lung_places import LEVELS, MID_ENDS, SIDES, UPPER_ENDS
 from medviz.errors import InputError
 from train.datasets.counterfactuals import Counterfactual, Family
@@ -30,18 +29,9 @@ DOMAIN, NLM_JSRT = "radiology", "radiology-nlm-jsrt"
 DRAWN = {"opacity": "opacity", "pleural_effusion": "pleural_effusion", "nodule": "nodule", "consolidation": "opacity"}
 """What a family draws -> the attribute it is an example of."""
 READERS_BOX, OPACITIES = "lung opacity", frozenset({"pneumonia", "infiltration", "consolidation", "tuberculosis"})
-SEEN_SUBTLETY = 3
-"""JSRT nodules of a lower subtlety cannot be seen at 256 px."""
 BOXED_WEIGHT, LABEL_WEIGHT = 1.0, 0.3
 SHARES = {"opacity": 0.5, "pleural_effusion": 0.12, "nodule": 0.13, "heart": 0.25}
 """Attribute -> share of the real films that are drawn for it, half of them without it."""
-_SUBTLETY = re.compile(r"subtlety (\d)")
-
-
-def subtlety(record: Mapping[str, Any]) -> int | None:
-    """Subtlety of a JSRT nodule, 1 (extremely subtle) to 5 (obvious), as its report says; None without one."""
-    found = _SUBTLETY.search(str(record.get("report") or ""))
-    return int(found.group(1)) if found else None
 
 
 def is_clear(record: Mapping[str, Any]) -> bool:
@@ -80,8 +70,7 @@ def read_structures(split: str, size_px: int, root: str | Path | None = None) ->
 class ChestExamples:
     """See `train.datasets.evidence.examples.Examples`.
 
-    splits: training splits, each of one folder. half: of the patients, as the family's own. structures: of
-    `read_structures`.
+    half: of the patients, as the family's own. structures: of `read_structures`.
     """
 
     attributes: tuple[str, ...] = ATTRIBUTES
@@ -89,66 +78,60 @@ class ChestExamples:
 
     def __init__(
         self,
-        splits: Sequence[Split],
+        split: Split,
         family: Family,
         half: int,
         structures: Mapping[str, Mapping[str, np.ndarray]],
         size_px: int,
         distractors: float,
     ) -> None:
-        self.splits, self.family, self.structures = list(splits), family, structures
+        self.split, self.family, self.structures = split, family, structures
         self.size_px, self.distractors = size_px, distractors
-        self.lungs = [lung_labels(split) for split in self.splits]
-        self.eligible = [{name: family.eligible(split, name) for name in DRAWN} for split in self.splits]
+        self.lungs = lung_labels(split)
+        self.eligible = _by_source(split, {name: family.eligible(split, name) for name in DRAWN})
         self.strata: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in SHARES}
-        rows: dict[tuple[str, str, bool], list[tuple[int, int]]] = {}
-        for number, split in enumerate(self.splits):
-            for index in np.flatnonzero(split.halves == half).tolist():
-                record = split.records[index]
-                if record["image_id"] in structures:
-                    rows.setdefault(("heart", "", True), []).append((number, index))
-                for name in FINDINGS:
-                    if (present := shows(record, name)) is not None:
-                        rows.setdefault((name, stratum(record), present), []).append((number, index))
+        rows: dict[tuple[str, str, bool], list[int]] = {}
+        for index in np.flatnonzero(split.halves == half).tolist():
+            record = split.records[index]
+            if record["image_id"] in structures:
+                rows.setdefault(("heart", "", True), []).append(index)
+            for name in FINDINGS:
+                if (present := shows(record, name)) is not None:
+                    rows.setdefault((name, stratum(record), present), []).append(index)
         for (name, where, present), found in rows.items():
             others = rows.get((name, where, not present), found if name == "heart" else [])
             if present and others:
                 self.strata[name].append((np.array(found), np.array(others)))
 
     def pair(self, rng: np.random.Generator) -> list[Example]:
-        """See `Examples.pair`; a folder's films are drawn in proportion to the root of their number."""
-        counts = np.sqrt([len(eligible["opacity"]) for eligible in self.eligible])
-        number = int(rng.choice(len(counts), p=counts / counts.sum()))
-        split, eligible = self.splits[number], self.eligible[number]
-        chosen, other, index = drawn(self.family, split, eligible, tuple(DRAWN), rng, self.size_px, self.distractors)
-        targets, weights = self._anatomy(number, index)
+        """See `Examples.pair`; films of a source are drawn in proportion to the root of their number."""
+        sizes = np.sqrt([len(eligible["opacity"]) for eligible in self.eligible])
+        eligible = self.eligible[int(rng.choice(len(sizes), p=sizes / sizes.sum()))]
+        chosen, other, index = drawn(
+            self.family, self.split, eligible, tuple(DRAWN), rng, self.size_px, self.distractors
+        )
+        targets, weights = self._anatomy(index)
         targets[: len(FINDINGS)] = 0
         if other is not None:
-            self._add(targets, other)
+            _add(targets, other)
         there = targets.copy()
-        self._add(there, chosen)
+        _add(there, chosen)
         return [Example(chosen.without, targets, weights), Example(chosen.image, there, weights)]
-
-    def _add(self, targets: np.ndarray, added: Counterfactual) -> None:
-        column = ATTRIBUTES.index(DRAWN[added.attribute])
-        targets[column] = np.maximum(targets[column], added.mask)
 
     def real(self, rng: np.random.Generator) -> Example:
         """See `Examples.real`: as often with a finding as without it, among films of one source and view."""
         possible = [name for name in SHARES if self.strata[name]]
         weights = np.array([SHARES[name] for name in possible])
-        name = possible[int(rng.choice(len(possible), p=weights / weights.sum()))]
-        strata = self.strata[name]
+        strata = self.strata[possible[int(rng.choice(len(possible), p=weights / weights.sum()))]]
         sizes = np.sqrt([min(len(rows), len(others)) for rows, others in strata])
         rows, others = strata[int(rng.choice(len(strata), p=sizes / sizes.sum()))]
-        chosen = rows if rng.random() < 0.5 else others
-        number, index = chosen[int(rng.integers(len(chosen)))].tolist()
-        return Example(self.splits[number].image(index, self.size_px), *self._known(number, index))
+        index = int(rng.choice(rows if rng.random() < 0.5 else others))
+        return Example(self.split.image(index, self.size_px), *self._known(index))
 
-    def _anatomy(self, number: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _anatomy(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         targets, weights = unknown(ATTRIBUTES, self.size_px)
-        outlined = self.structures.get(self.splits[number].records[index]["image_id"], {})
-        lungs = np.asarray(self.lungs[number][index])
+        outlined = self.structures.get(self.split.records[index]["image_id"], {})
+        lungs = np.asarray(self.lungs[index])
         for name in STRUCTURES:
             column = ATTRIBUTES.index(name)
             if name in outlined:
@@ -158,15 +141,15 @@ class ChestExamples:
                 targets[column] = cv2.resize(mine, (self.size_px, self.size_px), interpolation=cv2.INTER_LINEAR)
         return targets, weights
 
-    def _known(self, number: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        targets, weights = self._anatomy(number, index)
-        record, lungs = self.splits[number].records[index], np.asarray(self.lungs[number][index])
+    def _known(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        targets, weights = self._anatomy(index)
+        record = self.split.records[index]
         if is_clear(record):
             targets[: len(FINDINGS)] = 0
             return targets, weights
         opacity, effusion, nodule = (ATTRIBUTES.index(name) for name in FINDINGS)
         if shows(record, "opacity"):
-            targets[opacity], weights[opacity] = opacity_target(record, lungs, self.size_px)
+            targets[opacity], weights[opacity] = opacity_target(record, np.asarray(self.lungs[index]), self.size_px)
         if shows(record, "pleural_effusion"):
             top = round(0.4 * self.size_px)
             targets[effusion, :top], targets[effusion, top:] = UNKNOWN, SOMEWHERE
@@ -174,6 +157,20 @@ class ChestExamples:
         if shows(record, "nodule"):
             targets[nodule] = discs(finding_boxes(record), self.size_px)
         return targets, weights
+
+
+def _add(targets: np.ndarray, added: Counterfactual) -> None:
+    column = ATTRIBUTES.index(DRAWN[added.attribute])
+    targets[column] = np.maximum(targets[column], added.mask)
+
+
+def _by_source(split: Split, eligible: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The eligible images of each attribute, a mapping for each source that has some for all."""
+    sources = np.array([str(record.get("source")) for record in split.records])
+    parts = [
+        {name: rows[sources[rows] == source] for name, rows in eligible.items()} for source in sorted(set(sources))
+    ]
+    return [part for part in parts if all(len(rows) for rows in part.values())]
 
 
 def opacity_target(record: Mapping[str, Any], lungs: np.ndarray, size_px: int) -> tuple[np.ndarray, float]:
@@ -188,9 +185,9 @@ def opacity_target(record: Mapping[str, Any], lungs: np.ndarray, size_px: int) -
     marked = [box for box in finding_boxes(record) if box["label"] in ("pneumonia", "infiltrate")]
     if marked:
         return np.where(_inside(marked, size_px), SOMEWHERE, UNKNOWN).astype(np.float32), BOXED_WEIGHT
-    zones = [place for place in places_in(str(record.get("report") or ""), careful=True) if place.endswith("zone")]
-    if zones:
-        return np.where(_zones(zones, size_px), SOMEWHERE, UNKNOWN).astype(np.float32), BOXED_WEIGHT
+    places = json.loads(record.get("finding_places") or "{}").get("lung opacity")
+    if places:
+        return np.where(_places(places, size_px), SOMEWHERE, UNKNOWN).astype(np.float32), BOXED_WEIGHT
     if not lungs.any():
         return np.full((size_px, size_px), SOMEWHERE, np.float32), LABEL_WEIGHT
     wide = cv2.dilate((lungs > 0).astype(np.uint8), np.ones((9, 9), np.uint8))
@@ -216,15 +213,18 @@ def _inside(marked: Sequence[Mapping[str, Any]], size_px: int) -> np.ndarray:
     return inside
 
 
-def _zones(zones: Sequence[str], size_px: int) -> np.ndarray:
-    """The named zones as blocks of the image, bool (S, S): half of its width, and its height by `lung_places`."""
+def _places(places: Sequence[str], size_px: int) -> np.ndarray:
+    """The named lungs and zones as blocks of the image, bool (S, S): half of its width, heights by `lung_places`."""
     edges = np.round(np.array([0.0, UPPER_ENDS, MID_ENDS, 1.0]) * size_px).astype(int)
     inside = np.zeros((size_px, size_px), bool)
-    for zone in zones:
-        side, level = zone.split()[:2]
-        number, half = LEVELS.index(level), size_px // 2
+    for place in places:
+        side, level = place.split()[:2]
+        half = size_px // 2
         columns = slice(0, half) if side == SIDES[0] else slice(half, size_px)
-        inside[edges[number] : edges[number + 1], columns] = True
+        rows = slice(0, size_px)
+        if level in LEVELS:
+            rows = slice(*edges[LEVELS.index(level) :][:2])
+        inside[rows, columns] = True
     return inside
 
 
@@ -238,5 +238,4 @@ def shows(record: Mapping[str, Any], name: str) -> bool | None:
         return True if marked & {READERS_BOX, "pneumonia", "infiltrate"} or labels & OPACITIES else None
     if name == "pleural_effusion":
         return True if "effusion" in labels | marked else None
-    seen = subtlety(record)
-    return True if "nodule" in marked and (seen is None or seen >= SEEN_SUBTLETY) else None
+    return True if "nodule" in marked else None

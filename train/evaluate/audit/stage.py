@@ -178,11 +178,11 @@ def _instruments(config: AuditConfig) -> list[Instrument]:
 
 def _splits(config: AuditConfig) -> tuple[list[Split], list[Split]]:
     """The splits that are evaluated, and the training splits whose unseen half stands beside them."""
-    folders = [config.domain, radiology.NLM_JSRT] if config.domain == radiology.DOMAIN else [config.domain]
-    # The second folder of films has no test split.
-    named = [(folder, config.split if folder == config.domain else "validation") for folder in folders]
-    evaluated = [open_split(folder, split) for folder, split in named]
-    return evaluated, [open_split(folder, "train") for folder in folders] if config.unseen else []
+    more = (radiology.NLM_JSRT,) if config.domain == radiology.DOMAIN else ()
+    evaluated = [open_split(config.domain, config.split, extra_folders=more if config.split != "test" else ())]
+    if more and config.split == "test":
+        evaluated.append(open_split(radiology.NLM_JSRT, "validation"))  # it has no test split
+    return evaluated, [open_split(config.domain, "train", extra_folders=more)] if config.unseen else []
 
 
 def main(arguments: list[str]) -> None:
