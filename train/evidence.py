@@ -51,6 +51,11 @@ SHARES = {
 }
 """Attribute -> part of the image that a plain example covers (`medviz.evidence.presence`)."""
 MASK_THRESHOLD = 0.5
+FOCUS = 2.0
+"""Power of the focal loss."""
+SLACK = 0.1
+"""Added to the probability that an attribute lies somewhere: an image that shows nothing of what its label says, since
+the crop cut it away, then hardly asks for it."""
 STATISTICS_IMAGES = 64
 CALIBRATION_BATCH = 32
 LEAST_EXAMPLES = 5
@@ -83,10 +88,9 @@ class EvidenceConfig(StageConfig):
     warmup: int = 60
     """Steps of linear warm-up, then cosine to zero."""
     ema_decay: float = 0.995
-    positive_weight: float = 3.0
-    """Of pixels that show an attribute, in the cross-entropy."""
     dice_weight: float = 0.5
-    somewhere_weight: float = 0.1
+    """Of the Dice loss beside the focal loss."""
+    somewhere_weight: float = 0.2
     """Of the demand that an attribute lies somewhere."""
     bf16: bool = False
     """Train in bf16 autocast: faster, where the processor has instructions for it."""
@@ -119,40 +123,37 @@ class Shown:
     truth: np.ndarray
 
 
-def mask_loss(
-    logits: torch.Tensor, known: Known, shares: Sequence[float], config: EvidenceConfig
-) -> dict[str, torch.Tensor]:
-    """cross_entropy, dice and somewhere, scalars with gradients, of mask logits (B, K, h, w).
+def mask_loss(logits: torch.Tensor, known: Known, shares: Sequence[float]) -> dict[str, torch.Tensor]:
+    """focal, dice and somewhere, scalars with gradients, of mask logits (B, K, h, w).
 
-    Cross-entropy: each attribute's mean over the pixels that are known, then the mean over attributes. Dice: of the
-    whole batch, by attribute. somewhere: -log of the mean probability of the most probable SOMEWHERE pixels, as many
-    as the attribute's share of the image.
+    focal: the focal loss (Lin et al., arXiv 1708.02002) of the pixels that are known, by attribute, over the number of
+    pixels that show it, at least those of one plain example; the mean over attributes. dice: of the whole batch, by
+    attribute. somewhere: -log(p + SLACK) of the mean probability p of the most probable SOMEWHERE pixels, as many as
+    the attribute's share of the image.
     """
     logits, targets = logits.float(), known.targets.float()
-    sure = (targets >= 0).float()
-    truth = targets.clamp(min=0)
-    weight = sure * (1 + (config.positive_weight - 1) * truth)
-    losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * weight
-    cross_entropy = (losses.sum(dim=(0, 2, 3)) / weight.sum(dim=(0, 2, 3)).clamp(min=1)).mean()
-    guess = torch.sigmoid(logits) * sure
+    sure, truth = (targets >= 0).float(), targets.clamp(min=0)
+    plain = logits.new_tensor([max(1.0, share * logits.shape[-2] * logits.shape[-1]) for share in shares])
+    probability = torch.sigmoid(logits)
+    losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    focal = (losses * (truth - probability).abs() ** FOCUS * sure).sum(dim=(0, 2, 3))
+    focal = focal / torch.maximum(truth.sum(dim=(0, 2, 3)), plain)
+    guess = probability * sure
     overlap, total = (guess * truth).sum(dim=(0, 2, 3)), (guess + truth).sum(dim=(0, 2, 3))
     there = truth.sum(dim=(0, 2, 3)) > 0
-    dice = 1 - (2 * overlap + 1) / (total + 1)
-    mean_dice = (dice * there).sum() / there.sum().clamp(min=1)
+    dice = (1 - (2 * overlap + 1) / (total + 1)) * there
     somewhere = logits.new_zeros(())
-    pixels = logits.shape[-2] * logits.shape[-1]
-    for column, share in enumerate(shares):
+    for column, count in enumerate(plain.int().tolist()):
         rows = torch.nonzero(known.weights[:, column] > 0).flatten()
         if len(rows) == 0:
             continue
-        allowed = targets[rows, column] == SOMEWHERE
-        inside = logits[rows, column].masked_fill(~allowed, -30.0).flatten(1)
-        most = torch.sigmoid(inside.topk(max(1, round(share * pixels)), dim=1, sorted=False).values).mean(dim=1)
-        somewhere = somewhere - (known.weights[rows, column] * torch.log(most.clamp(min=1e-4))).sum()
+        inside = logits[rows, column].masked_fill(targets[rows, column] != SOMEWHERE, -30.0).flatten(1)
+        most = torch.sigmoid(inside.topk(count, dim=1, sorted=False).values).mean(dim=1)
+        somewhere = somewhere - (known.weights[rows, column] * torch.log(most + SLACK)).sum()
     return {
-        "cross_entropy": cross_entropy,
-        "dice": mean_dice,
-        "somewhere": somewhere / max(1, logits.shape[0]),
+        "focal": focal.mean(),
+        "dice": dice.sum() / there.sum().clamp(min=1),
+        "somewhere": somewhere / len(logits),
     }
 
 
@@ -174,6 +175,7 @@ class EvidenceLearner(AveragedLearner):
         model.to(config.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         rng = seeding.numpy_generator(config.seed, "evidence", "statistics")
         pixels = np.concatenate([examples.real(rng).image.reshape(-1, 3) for _ in range(STATISTICS_IMAGES)])
+        self._parts: dict[str, torch.Tensor] = {}
         super().__init__(config, ("evidence",), model, pixels.mean(axis=0) / 255, pixels.std(axis=0) / 255 + 1e-3)
 
     def changed(self, step: int) -> tuple[torch.Tensor, Known]:  # type: ignore[override]
@@ -194,10 +196,12 @@ class EvidenceLearner(AveragedLearner):
         config = self.config
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
             logits = self.model(pixel_values=pixels)
-        parts = mask_loss(logits, Known(*(tensor.to(config.device) for tensor in known)), self.shares, config)
-        return (
-            parts["cross_entropy"] + config.dice_weight * parts["dice"] + config.somewhere_weight * parts["somewhere"]
-        )
+        parts = mask_loss(logits, Known(*(tensor.to(config.device) for tensor in known)), self.shares)
+        self._parts = {name: part.detach() for name, part in parts.items()}
+        return parts["focal"] + config.dice_weight * parts["dice"] + config.somewhere_weight * parts["somewhere"]
+
+    def update(self, step: int) -> dict[str, float | torch.Tensor]:
+        return {**super().update(step), **self._parts}
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Average, calibrate presence on real images, write config.json and model.safetensors; returns the figures."""

@@ -127,6 +127,18 @@ def test_a_label_says_somewhere_and_its_absence_says_nowhere() -> None:
         assert each.weights[0] == (dermatology.SOMEWHERE_WEIGHTS["hair"] if each.targets[0].flat[0] < 0 else 0)
 
 
+def test_an_image_that_shows_nothing_of_its_label_hardly_asks_for_it() -> None:
+    known = Known(torch.full((1, 1, 8, 8), SOMEWHERE).half(), torch.ones(1, 1))
+    pulls = []
+    for logit in (-7.0, -1.0):
+        logits = torch.full((1, 1, 8, 8), -9.0)
+        logits[0, 0, 3, 3] = logit
+        logits.requires_grad_()
+        mask_loss(logits, known, [1 / 64])["somewhere"].backward()
+        pulls.append(-float(logits.grad[0, 0, 3, 3]))
+    assert pulls[0] < 0.02 < 0.4 < pulls[1]
+
+
 def test_unknown_pixels_have_no_gradient_and_somewhere_lifts_the_most_probable() -> None:
     targets = torch.full((1, 2, 8, 8), UNKNOWN)
     targets[0, 0, :2] = 0
@@ -135,7 +147,7 @@ def test_unknown_pixels_have_no_gradient_and_somewhere_lifts_the_most_probable()
     logits[0, 1, 5, 5] = 2.0
     logits.requires_grad_()
     known = Known(targets.half(), torch.tensor([[0.0, 1.0]]))
-    parts = mask_loss(logits, known, [1 / 64, 1 / 64], EvidenceConfig(out=""))
+    parts = mask_loss(logits, known, [1 / 64, 1 / 64])
     sum(parts.values()).backward()
     moved = logits.grad[0] != 0
     assert moved[0, :2].all()
