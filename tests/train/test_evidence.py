@@ -179,7 +179,13 @@ def test_a_detector_learns_to_mark_what_pairs_differ_in(trained: tuple[Path, dic
     before, after = ({each.name: each for each in found} for found in detector([pair.without, pair.image]))
     assert not before["ruler"].seen
     assert after["ruler"].seen
-    assert after["ruler"].mask[pair.mask > 0].mean() > 0.5 > after["ruler"].mask[pair.mask == 0].mean()
+    assert after["ruler"].mask[pair.mask > 0].mean() > 2 * after["ruler"].mask[pair.mask == 0].mean()
+    x, y, w, h = np.array(after["ruler"].box) * SIDE
+    rows, columns = np.nonzero(pair.mask)
+    assert x - 4 <= columns.min()
+    assert columns.max() <= x + w + 4
+    assert y - 4 <= rows.min()
+    assert rows.max() <= y + h + 4
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(trained: tuple[Path, dict], tmp_path: Path) -> None:
