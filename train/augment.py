@@ -62,6 +62,35 @@ CLASSIFIER: dict[str, Augmentation] = {
     ),
 }
 
+# A detector is taught with pairs, whose light `counterfactuals.relit` changes; here is what moves pixels about.
+EVIDENCE: dict[str, Augmentation] = {
+    "dermatology": Augmentation(
+        rotate_deg=15,
+        scale=(0.85, 1.2),
+        stretch=0.08,
+        shift=0.05,
+        mirror=True,
+        quarter_turns=True,
+        brightness=0.05,
+        contrast=0.1,
+        colour=0.05,
+        blur_px=0.7,
+        noise=0.02,
+    ),
+    # Never mirrored: the heart would be on the wrong side. Children are stretched to a square.
+    "radiology": Augmentation(
+        rotate_deg=8,
+        scale=(0.85, 1.2),
+        stretch=0.2,
+        shift=0.08,
+        brightness=0.08,
+        contrast=0.2,
+        blur_px=0.9,
+        noise=0.02,
+        reflect=False,
+    ),
+}
+
 SEGMENTER: dict[str, Augmentation] = {
     "dermatology": Augmentation(
         rotate_deg=30,
@@ -131,6 +160,12 @@ class Draw:
                 names[[one, other]] = names[[other, one]]
             changed = names[changed]
         return changed
+
+    def mask(self, mask: np.ndarray, *, interpolated: bool = True) -> np.ndarray:
+        """The same change of a mask float32 (S, S); what comes in from outside is a reflection, or 0."""
+        border = cv2.BORDER_REFLECT_101 if self.reflect else cv2.BORDER_CONSTANT
+        flags = cv2.INTER_LINEAR if interpolated else cv2.INTER_NEAREST
+        return cv2.warpAffine(mask, self.matrix, mask.shape[::-1], flags=flags, borderMode=border)
 
 
 def draw(augmentation: Augmentation, size_px: int, rng: np.random.Generator) -> Draw:

@@ -9,7 +9,6 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from train import seeding
 from train.ahead import Ahead
@@ -41,9 +40,10 @@ class AveragedLearner(ABC):
     max_grad_norm = 5.0
 
     def __init__(
-        self, config: AveragedConfig, names: Sequence[str], model: PreTrainedModel, mean: np.ndarray, std: np.ndarray
+        self, config: AveragedConfig, names: Sequence[str], model: nn.Module, mean: np.ndarray, std: np.ndarray
     ) -> None:
-        self._options, self._names, self.model = config, tuple(names), model
+        self._options, self._names = config, tuple(names)
+        self.model: Any = model
         self.mean, self.std = mean, std
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay

@@ -35,6 +35,7 @@ CONFIGS = {
     "distil": "DistilConfig",
     "classifier": "ClassifierConfig",
     "segmenter": "SegmenterConfig",
+    "evidence": "EvidenceConfig",
     "anatomy_prompts": "AnatomyPromptsConfig",
     "rl": "RlConfig",
     "spectrum": "SpectrumConfig",

@@ -8,6 +8,7 @@ STAGES = {
     "distil": ("train.distil", "an adapter that draws in a few steps"),
     "classifier": ("train.classifier", "reward or judge network"),
     "segmenter": ("train.segmenter", "anatomy: lesion or lungs"),
+    "evidence": ("train.evidence", "detectors that mark what they see, from counterfactual pairs"),
     "anatomy_prompts": ("train.anatomy_prompts", "words of places learn to look at their place"),
     "rl": ("train.rl.trainer", "align the generator by reinforcement learning"),
     "spectrum": ("train.spectrum", "gains that bring the power spectrum of few-step pictures to that of many steps"),

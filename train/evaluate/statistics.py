@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import bootstrap, ttest_1samp
+from scipy.stats import binomtest, bootstrap, ttest_1samp
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -93,6 +93,20 @@ def paired_ratio(aligned: np.ndarray, baseline: np.ndarray, *, seed: int = 0, re
     return _bootstrapped((above, below), _ratio_of_means, seed=seed, resamples=resamples)
 
 
+def share_interval(hits: np.ndarray) -> Estimate:
+    """Share of True in `hits` (N,), with Wilson's interval, which has a width where all answers are alike."""
+    n = int(hits.size)
+    if n == 0:
+        return Estimate(float("nan"), None, None, 0)
+    interval = binomtest(int(hits.sum()), n).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(float(hits.mean()), float(interval.low), float(interval.high), n)
+
+
+def median_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Median of `values` (N,), units left out where NaN, with a percentile bootstrap interval over the units."""
+    return _bootstrapped((_kept(values),), _median, seed=seed, resamples=resamples)
+
+
 def student_interval(values: np.ndarray) -> Estimate:
     """Mean of `values` (N,), units left out where NaN, with Student's t interval over the units.
 
@@ -139,6 +153,10 @@ def _kept(values: np.ndarray) -> np.ndarray:
 
 def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean(values, axis=axis)
+
+
+def _median(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.median(values, axis=axis)
 
 
 def _mean_of_means(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:

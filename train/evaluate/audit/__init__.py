@@ -1,0 +1,1 @@
+"""Whether instruments see what they are asked for, or what comes with it."""
