@@ -19,7 +19,6 @@ from tests.train import (
     test_anatomy_prompts,
     test_classifier,
     test_distil,
-    test_finish,
     test_generator_stages,
     test_loop,
     test_rl_toy,
@@ -70,13 +69,6 @@ def diffusion(root: Path) -> Any:
     return DiffusionLearner(config, *splits())
 
 
-def finish(root: Path) -> Any:
-    tiny.make_pipeline("dermatology").vae.save_pretrained(root / "vae")
-    config = test_finish.config_for(root / "vae", root / "run", latent_channels=tiny.LATENT_CHANNELS, **EVERY_STEP)
-    drawn = 0.3 * torch.randn(12, tiny.LATENT_CHANNELS, 4, 4)
-    return test_finish.FinishLearner(config, test_finish.checked(20), drawn.half())
-
-
 def distil(root: Path) -> Any:
     tiny.make_pipeline("dermatology").save_pretrained(root / "base")
     return test_distil.learner(test_distil.config_for(root / "base", root / "run", **EVERY_STEP), root / "cache")
@@ -111,7 +103,6 @@ STAGES: dict[str, Callable[[Path], Any]] = {
         autoencoder,
         contrastive,
         diffusion,
-        finish,
         distil,
         classifier,
         segmenter,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medviz.errors import InputError
-from tests.train.test_evidence import COLOURS, SIDE, Bars, skin_split
+from tests.train.test_evidence_stage import COLOURS, SIDE, Bars, skin_split
 from tests.unit.test_evidence import write
 from train.config import read_recipe
 from train.datasets.counterfactuals import Counterfactual

@@ -21,7 +21,7 @@ def make(prediction_type: str) -> StableDiffusionPipeline:
     pipeline.vae.register_to_config(scaling_factor=14.0)
     with torch.no_grad():
         for parameter in pipeline.unet.conv_out.parameters():
-            parameter.mul_(0.1)
+            parameter.mul_(0.1 if prediction_type == "v_prediction" else 0.02)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -58,9 +58,11 @@ def test_a_standard_diffusers_pipeline_loads_the_folder_and_draws(model_root: Pa
     assert image.shape == (tiny.IMAGE_SIZE_PX, tiny.IMAGE_SIZE_PX, 3)
     assert image.std() > 5
     loaded = library.load("dermatology")
-    assert np.array_equal(draw(loaded.pipeline), image)
+    drawn = draw(loaded.pipeline)
+    # layers that an adapter wraps round differently
+    assert np.abs(drawn.astype(int) - image.astype(int)).max() <= 1
     with using_adapter(loaded.pipeline.unet, tiny.ADAPTER):
-        assert not np.array_equal(draw(loaded.pipeline), image)
+        assert not np.array_equal(draw(loaded.pipeline), drawn)
 
 
 def test_every_domain_is_there_and_is_loaded_once(library: ModelLibrary) -> None:

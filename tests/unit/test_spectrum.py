@@ -10,10 +10,10 @@ import torch
 from medviz.errors import ModelError
 from medviz.generation.plan import FewSteps
 from medviz.generation.sampling import sample
-from medviz.generation.spectrum import BOUNDS, Spectra, Spectrum, radius
+from medviz.generation.spectrum import Spectra, Spectrum, radius
 from medviz.models.manifest import Manifest
 from tests.tiny import LATENT_CHANNELS, make_pipeline
-from train.spectrum import band_power, joined, spectrum_of
+from train.spectrum import band_power, spectrum_of
 
 FLAT = Spectrum((0.1, 0.5), ((1.0, 1.0), (1.0, 1.0)), (0.0, 0.0))
 
@@ -61,16 +61,6 @@ def test_what_was_measured_gives_the_power_of_what_it_was_measured_against() -> 
     torch.testing.assert_close(found(drawn).mean((0, 2, 3)), real.mean((0, 2, 3)), atol=1e-4, rtol=0)
     assert np.array(found.gains)[0, 0] < 1.0 < np.array(found.gains)[0, -1]
     np.testing.assert_allclose(np.array(found.gains)[1], 1 / 0.7 / 50 ** (1 / 64), rtol=0.1)
-
-
-def test_two_after_each_other_are_one_of_products_and_sums() -> None:
-    """Of the same pictures, what leads over others leads where it would alone."""
-    drawn, between, real = torch.randn(3, 16, 2, 16, 16, generator=torch.Generator().manual_seed(2)).mul(1.3).unbind()
-    both, alone = joined(spectrum_of(drawn, between), spectrum_of(between, real)), spectrum_of(drawn, real)
-    np.testing.assert_allclose(both.gains, alone.gains, rtol=1e-6)
-    np.testing.assert_allclose(both.offsets, alone.offsets, atol=1e-6)
-    strong = Spectrum((0.2,), ((3.0,),), (0.0,))
-    assert joined(strong, strong).gains == ((BOUNDS[1],),)
 
 
 @pytest.mark.parametrize("side", [8, 16, 32, 64])
