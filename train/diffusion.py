@@ -47,6 +47,7 @@ from train.datasets.split import Split, open_split
 from train.datasets.weights import named_shares, sample_weights
 from train.growth import grown
 from train.loop import export_newest, fit
+from train.memory import keep_freed_memory
 from train.power_average import PowerAverage
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
@@ -592,6 +593,8 @@ def main(arguments: list[str]) -> None:
     """`python -m train diffusion RECIPE [overrides]`."""
     config = parse(arguments, DiffusionConfig)
     processes.join(config.device)
+    if config.device == "cpu":
+        keep_freed_memory()
     learner = DiffusionLearner(config, open_split(config.domain, "train"), open_split(config.domain, "validation"))
     if config.export_only:
         export_newest(learner, config)
