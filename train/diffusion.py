@@ -46,6 +46,7 @@ from train.datasets.latents import encoder, split_latents, to_pixels
 from train.datasets.split import Split, open_split
 from train.datasets.weights import named_shares, sample_weights
 from train.loop import export_newest, fit
+from train.memory import keep_freed_memory
 from train.pipeline_configs import drop_unknown_options, load_in_fp32
 
 _COARSE = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.03}
@@ -547,6 +548,8 @@ def main(arguments: list[str]) -> None:
     """`python -m train diffusion RECIPE [overrides]`."""
     config = parse(arguments, DiffusionConfig)
     processes.join(config.device)
+    if config.device == "cpu":
+        keep_freed_memory()
     learner = DiffusionLearner(
         config,
         open_split(config.domain, "train", extra_folders=config.extra_folders),
