@@ -32,6 +32,8 @@ class RealLatentsConfig:
     """SOURCE=SHARE of the real images, as in the diffusion recipe."""
     rarity_power: float = 0.5
     """How much rare labels are favoured among the real images, as in the diffusion recipe."""
+    label_shares: tuple[str, ...] = ()
+    """LABEL=SHARE of the real images, as in the diffusion recipe."""
 
 
 @dataclass(frozen=True)
@@ -49,4 +51,5 @@ def open_real_latents(config: RealLatentsConfig, pipeline: StableDiffusionPipeli
     vae = AutoencoderTiny.from_pretrained(config.autoencoder).eval() if config.autoencoder else pipeline.vae
     vae = vae.to(pipeline.device)  # where encoding takes seconds and not minutes
     latents = split_latents(vae, split, config.size_px, config.orientations, config.latents_seed, Path(config.latents))
-    return RealLatents(latents, sample_weights(split, config.source_shares, config.rarity_power), split)
+    weights = sample_weights(split, config.source_shares, config.rarity_power, config.label_shares)
+    return RealLatents(latents, weights, split)

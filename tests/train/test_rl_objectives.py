@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -144,6 +146,17 @@ def test_the_score_function_weighs_the_log_prob_and_clips_nothing():
     assert torch.equal(log_prob.grad, -advantages)
     torch.testing.assert_close(losses.figures["ratio"], (log_prob.detach() - old).exp())
     assert losses.figures["clip_fraction"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_weight_of_steps_weighs_the_divergence_as_it_weighs_the_ratio():
+    weight = torch.linspace(0.5, 1.5, len(chain_replay(normal(0), normal(1)).advantages))
+    plain, weighed = (replace(chain_replay(normal(0), normal(1)), weight=given) for given in (None, weight))
+    pulls = []
+    for replay in (plain, weighed):
+        held, free = (OBJECTIVES["ddpo"].loss(replay, ObjectiveOptions(kl_weight=kl)).loss for kl in (2.0, 0.0))
+        pulls.append(held - free)
+    torch.testing.assert_close(pulls[1], weight * pulls[0])
+    assert pulls[0].abs().min() > 0
 
 
 def test_awm_is_the_denoising_loss_weighted_by_the_advantage():

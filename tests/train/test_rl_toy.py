@@ -57,7 +57,7 @@ METHODS = {
     "ddpo_sf": {"updates": 1},
     "grpo": {"updates": 2, "kl_weight": 1e-3},
     "forward": {"updates": 2, "timesteps_per_image": 4},
-    "awm": {"updates": 2, "timesteps_per_image": 4, "kl_weight": 0.2},
+    "awm": {"updates": 1, "timesteps_per_image": 4, "kl_weight": 0.2},
     "draft": {"updates": 2},
 }
 VARIANTS = {
@@ -399,8 +399,9 @@ def _real_images(count):
     ("objective", "options", "complaint"),
     [
         ("ddpo_sf", {"updates": 2}, "takes 1"),
-        ("awm", {"timesteps_per_image": 1}, "kl_weight is 0.0"),
-        ("awm", {"timesteps_per_image": 0, "kl_weight": 1.0}, "at least 1"),
+        ("awm", {"timesteps_per_image": 1, "updates": 1}, "kl_weight is 0.0"),
+        ("awm", {"timesteps_per_image": 1, "kl_weight": 1.0, "updates": 2}, "updates is 2; awm takes 1"),
+        ("awm", {"timesteps_per_image": 0, "kl_weight": 1.0, "updates": 1}, "at least 1"),
         ("ddpo", {"window": 7}, "0 to rollout_steps"),
         ("ddpo_sf", {"updates": 1, "noise_weighted": True}, "no ratio to weigh"),
         ("forward", {"timesteps_per_image": 1, "noise_weighted": True}, "no ratio to weigh"),

@@ -97,7 +97,7 @@ def ddpo(replay: Replay, options: ObjectiveOptions) -> Losses:
     losses = clipped_policy_loss(
         replay.step.log_prob, replay.old_log_prob, replay.advantages, options.clip_range, replay.weight
     )
-    return _held_step(losses, replay.step, replay.reference_mean, options.kl_weight)
+    return _held_step(losses, replay.step, replay.reference_mean, options.kl_weight, replay.weight)
 
 
 def ddpo_sf(replay: Replay, options: ObjectiveOptions) -> Losses:
@@ -114,12 +114,23 @@ def ddpo_sf(replay: Replay, options: ObjectiveOptions) -> Losses:
     return _held_step(losses, replay.step, replay.reference_mean, options.kl_weight)
 
 
-def _held_step(losses: Losses, step: DdimStep, reference_mean: torch.Tensor | None, kl_weight: float) -> Losses:
-    """The same with kl_weight times the divergence of the step from the adapter-free model's, where that is given."""
+def _held_step(
+    losses: Losses,
+    step: DdimStep,
+    reference_mean: torch.Tensor | None,
+    kl_weight: float,
+    weight: torch.Tensor | None = None,
+) -> Losses:
+    """The same with kl_weight times the divergence of the step from the adapter-free model's, where that is given.
+
+    With a `weight` (B,) the divergence of a step counts as much as its ratio does, so that what holds the policy does
+    not lead at the last, nearly noiseless steps.
+    """
     if reference_mean is None:
         return losses
     kl = kl_same_std(step.mean, reference_mean, step.std)
-    return Losses(losses.loss + kl_weight * kl, {**losses.figures, "reference_kl": kl.detach()})
+    weighted = kl if weight is None else weight * kl
+    return Losses(losses.loss + kl_weight * weighted, {**losses.figures, "reference_kl": kl.detach()})
 
 
 def forward(replay: Replay, options: ObjectiveOptions) -> Losses:
@@ -147,7 +158,8 @@ def forward(replay: Replay, options: ObjectiveOptions) -> Losses:
 def awm(replay: Replay, options: ObjectiveOptions) -> Losses:
     """A |prediction - target|^2 + kl_weight |prediction - reference|^2, both the mean over elements.
 
-    The squared error stands for the image's negative log-likelihood, so this is the policy gradient without a ratio.
+    The squared error stands for the image's negative log-likelihood, so this is the policy gradient without a ratio:
+    right only while the policy is the one that drew the images, hence one update an epoch.
     An image below average pushes the prediction away from itself without end: the divergence is what holds it.
     """
     if replay.prediction is None or replay.target is None:
@@ -207,7 +219,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ddpo_sf": Objective(ddpo_sf, "reverse", "running", maximum_updates=1),
     "grpo": Objective(ddpo, "reverse", "group", minimum_updates=2),
     "forward": Objective(forward, "forward", "centred", needs_old=True),
-    "awm": Objective(awm, "forward", "centred", needs_kl=True),
+    "awm": Objective(awm, "forward", "centred", maximum_updates=1, needs_kl=True),
     "draft": Objective(draft, "direct", "group"),
 }
 
