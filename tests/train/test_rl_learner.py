@@ -269,10 +269,13 @@ def test_resumed_and_uninterrupted_runs_agree_to_the_last_bit(base, tmp_path, ob
         assert all(torch.equal(moments[k], theirs["optimizer"]["state"][number][k]) for k in moments)
 
 
-def test_training_raises_the_reward_of_noise_it_never_saw(base):
+@pytest.mark.parametrize("objective", ["ddpo", "forward"])
+def test_training_raises_the_reward_of_noise_it_never_saw(base, objective):
     made = learner(
-        base, learning_rate=2e-2, clip_range=0.05, statistics_minimum=8, timesteps_per_image=0, images_per_prompt=8,
-        rollout_batch=16, micro_batch=16, invented_prompts=0, steps=99, evaluate_every=99,
+        base, objective=objective, learning_rate=2e-2, lora_convolutions=objective == "forward", clip_range=0.05,
+        statistics_minimum=8, timesteps_per_image=0 if objective == "ddpo" else 2, images_per_prompt=8,
+        rollout_batch=16, micro_batch=16,
+        invented_prompts=0, steps=99, evaluate_every=99,
     )  # fmt: skip
     first = made.rewarded(made.draw(50)).values
     for step in range(6):

@@ -129,7 +129,7 @@ def test_the_mean_picture_has_at_most_so_many_parts():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"objective": "awm", "kl_weight": 0.1}, "mean_held goes with the forward objective"),
+        ({"objective": "awm", "kl_weight": 0.1, "updates": 1}, "mean_held goes with the forward objective"),
         ({"mean_held": 1}, "a mean two"),
         ({"mean_redrawn": 1}, "each of 2 updates"),
         ({"mean_held": -1}, "mean_held is -1"),

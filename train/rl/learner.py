@@ -128,6 +128,7 @@ class RlLearner:
             config.adapter,
             rank=config.rank,
             alpha=config.lora_alpha,
+            convolutions=config.lora_convolutions,
             averaged=self.objective.replays == "forward",
             folded=not config.bf16,
             start=config.lora_start,

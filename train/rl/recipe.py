@@ -86,6 +86,8 @@ class RlConfig(RealLatentsConfig, GuidedConfig):
     rank: int = 16
     """Of LoRA, on the attention projections."""
     lora_alpha: float = 16.0
+    lora_convolutions: bool = False
+    """LoRA on the residual blocks' convolutions as well."""
     lora_start: str = "kaiming"
     """What LoRA's first factor starts from: kaiming, or gaussian, which at small ranks goes further at equal rate."""
     compile: bool = False
