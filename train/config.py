@@ -103,7 +103,7 @@ def _defaults(config: StageConfig) -> dict[str, Any]:
 def check_resumable(config: StageConfig, before: Mapping[str, Any] | None) -> None:
     """Check that `config` goes on with the run whose options were `before`, as its checkpoint holds them.
 
-    Options in CHANGEABLE are named in a warning where they differ. Raises InputError that names every other option that
+    Options in CHANGEABLE are named in a warning where they differ, and so are options that no longer exist. Raises InputError that names every other option that
     differs, with its old and new value. before None: the checkpoint holds no options, and nothing can be checked.
     """
     if before is None:
@@ -113,9 +113,13 @@ def check_resumable(config: StageConfig, before: Mapping[str, Any] | None) -> No
     before = {**_defaults(config), **before}  # an option that is newer than the checkpoint had its default
     changed = [
         f"{name} was {json.dumps(before.get(name))} and is {json.dumps(now.get(name))}"
-        for name in sorted((before.keys() | now.keys()) - _OF_ONE_START)
+        for name in sorted(now.keys() - _OF_ONE_START)
         if before.get(name) != now.get(name)
     ]
+    if gone := sorted(before.keys() - now.keys()):
+        logger.warning(
+            "resumed without options that no longer exist: %s", ", ".join(f"{n}={json.dumps(before[n])}" for n in gone)
+        )
     allowed = CHANGEABLE | ({"steps"} if config.steps_may_change else frozenset())
     refused = [change for change in changed if change.split()[0] not in allowed]
     if refused:

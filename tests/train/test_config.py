@@ -130,6 +130,11 @@ def test_a_checkpoint_without_options_is_resumed_with_a_warning(caplog: pytest.L
     assert "not checked" in caplog.text
 
 
+def test_options_that_no_longer_exist_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    check_resumable(ExampleConfig(out="run"), {**as_stored(ExampleConfig(out="run")), "former": 3})
+    assert "former=3" in caplog.text
+
+
 def test_each_option_that_may_change_is_one_of_a_stage() -> None:
     stages = (AutoencoderConfig, DiffusionConfig, RlConfig, DistilConfig)
     assert {f.name for stage in stages for f in fields(stage)} >= CHANGEABLE
