@@ -103,8 +103,9 @@ def _defaults(config: StageConfig) -> dict[str, Any]:
 def check_resumable(config: StageConfig, before: Mapping[str, Any] | None) -> None:
     """Check that `config` goes on with the run whose options were `before`, as its checkpoint holds them.
 
-    Options in CHANGEABLE are named in a warning where they differ, and so are options that no longer exist. Raises InputError that names every other option that
-    differs, with its old and new value. before None: the checkpoint holds no options, and nothing can be checked.
+    Options in CHANGEABLE are named in a warning where they differ, and so are options that no longer exist. Raises
+    InputError that names every other option that differs, with its old and new value. before None: the checkpoint
+    holds no options, and nothing can be checked.
     """
     if before is None:
         logger.warning("the checkpoint in %s does not hold its run's options: they are not checked", config.out)
