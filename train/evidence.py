@@ -53,8 +53,8 @@ SHARES = {
 MASK_THRESHOLDS = tuple(round(0.1 + 0.05 * number, 2) for number in range(15))
 """Those that a mask's threshold is chosen from."""
 THRESHOLD_BATCHES = 24
-FOCUS = 2.0
-"""Power of the focal loss."""
+POSITIVE_WEIGHT = 10.0
+"""Of a pixel that shows an attribute, in the cross-entropy."""
 SLACK = 0.1
 """Added to the probability that an attribute lies somewhere: an image that shows nothing of what its label says, since
 the crop cut it away, then hardly asks for it."""
@@ -90,8 +90,8 @@ class EvidenceConfig(StageConfig):
     warmup: int = 60
     """Steps of linear warm-up, then cosine to zero."""
     ema_decay: float = 0.995
-    dice_weight: float = 0.5
-    """Of the Dice loss beside the focal loss."""
+    dice_weight: float = 1.0
+    """Of the Dice loss beside the cross-entropy."""
     somewhere_weight: float = 0.2
     """Of the demand that an attribute lies somewhere."""
     bf16: bool = False
@@ -126,34 +126,32 @@ class Shown:
 
 
 def mask_loss(logits: torch.Tensor, known: Known, shares: Sequence[float]) -> dict[str, torch.Tensor]:
-    """focal, dice and somewhere, scalars with gradients, of mask logits (B, K, h, w).
+    """cross_entropy, dice and somewhere, scalars with gradients, of mask logits (B, K, h, w).
 
-    focal: the focal loss (Lin et al., arXiv 1708.02002) of the pixels that are known, by attribute, over the number of
-    pixels that show it, at least those of one plain example; the mean over attributes. dice: of the whole batch, by
-    attribute. somewhere: -log(p + SLACK) of the mean probability p of the most probable SOMEWHERE pixels, as many as
-    the attribute's share of the image.
+    cross_entropy: weighted mean over the pixels that are known, by attribute, in which a pixel that shows it counts
+    POSITIVE_WEIGHT times; the mean over attributes. dice: of the whole batch, by attribute. somewhere: -log(p + SLACK)
+    of the mean probability p of the most probable SOMEWHERE pixels, as many as the attribute's share of the image.
     """
     logits, targets = logits.float(), known.targets.float()
     sure, truth = (targets >= 0).float(), targets.clamp(min=0)
-    plain = logits.new_tensor([max(1.0, share * logits.shape[-2] * logits.shape[-1]) for share in shares])
-    probability = torch.sigmoid(logits)
-    losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    focal = (losses * (truth - probability).abs() ** FOCUS * sure).sum(dim=(0, 2, 3))
-    focal = focal / torch.maximum(truth.sum(dim=(0, 2, 3)), plain)
-    guess = probability * sure
+    weight = sure * (1 + (POSITIVE_WEIGHT - 1) * truth)
+    losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * weight
+    cross_entropy = losses.sum(dim=(0, 2, 3)) / weight.sum(dim=(0, 2, 3)).clamp(min=1)
+    guess = torch.sigmoid(logits) * sure
     overlap, total = (guess * truth).sum(dim=(0, 2, 3)), (guess + truth).sum(dim=(0, 2, 3))
     there = truth.sum(dim=(0, 2, 3)) > 0
     dice = (1 - (2 * overlap + 1) / (total + 1)) * there
     somewhere = logits.new_zeros(())
-    for column, count in enumerate(plain.int().tolist()):
+    for column, share in enumerate(shares):
         rows = torch.nonzero(known.weights[:, column] > 0).flatten()
         if len(rows) == 0:
             continue
         inside = logits[rows, column].masked_fill(targets[rows, column] != SOMEWHERE, -30.0).flatten(1)
+        count = max(1, round(share * inside.shape[1]))
         most = torch.sigmoid(inside.topk(count, dim=1, sorted=False).values).mean(dim=1)
         somewhere = somewhere - (known.weights[rows, column] * torch.log(most + SLACK)).sum()
     return {
-        "focal": focal.mean(),
+        "cross_entropy": cross_entropy.mean(),
         "dice": dice.sum() / there.sum().clamp(min=1),
         "somewhere": somewhere / len(logits),
     }
@@ -200,7 +198,9 @@ class EvidenceLearner(AveragedLearner):
             logits = self.model(pixel_values=pixels)
         parts = mask_loss(logits, Known(*(tensor.to(config.device) for tensor in known)), self.shares)
         self._parts = {name: part.detach() for name, part in parts.items()}
-        return parts["focal"] + config.dice_weight * parts["dice"] + config.somewhere_weight * parts["somewhere"]
+        return (
+            parts["cross_entropy"] + config.dice_weight * parts["dice"] + config.somewhere_weight * parts["somewhere"]
+        )
 
     def update(self, step: int) -> dict[str, float | torch.Tensor]:
         return {**super().update(step), **self._parts}
